@@ -1,0 +1,70 @@
+#include "borrow.h"
+
+// Sizes that later arithmetic relies on, whoever produced them: no negative size, a count that fits, memory
+// aligned to its elements (the portable kernels read whole elements).
+static int check_sound(const struct sl_tensor *t, const char *name) {
+    int64_t count = 1;
+    for (int32_t i = 0; i < t->n_dim; i++) {
+        if (t->shape[i] < 0 || (t->shape[i] > 0 && count > INT64_MAX / 8 / t->shape[i])) {
+            PyErr_Format(PyExc_BufferError,
+                         "%s: expected sizes >= 0 whose product fits 60 bits, got %lld in dimension %d", name,
+                         (long long)t->shape[i], (int)i);
+            return -1;
+        }
+        count *= t->shape[i];
+    }
+    if (count > 0 && t->device_type == SL_DEVICE_CPU &&
+        (uintptr_t)t->data % (uintptr_t)sl_dtype_size(t->dtype) != 0) {
+        PyErr_Format(PyExc_BufferError,
+                     "%s: expected memory aligned to its %s elements, got a misaligned address", name,
+                     sl_dtype_name(t->dtype));
+        return -1;
+    }
+    return 0;
+}
+
+int sl_borrow(struct sl_state *state, PyObject *object, const char *name, struct sl_tensor *out,
+              struct sl_hold *hold) {
+    *out = (struct sl_tensor){0};
+    *hold = (struct sl_hold){0};
+    if (object == Py_None) {
+        return 0;
+    }
+    int rc = sl_borrow_exchange(state, object, name, out);
+    if (rc > 0) {
+        rc = sl_borrow_numpy(object, name, out);
+    }
+    if (rc > 0) {
+        rc = sl_borrow_capsule(object, name, out, hold);
+    }
+    if (rc > 0) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected a torch tensor, a NumPy array or another DLPack producer, got %R", name,
+                     (PyObject *)Py_TYPE(object));
+        rc = -1;
+    }
+    if (rc == 0) {
+        rc = check_sound(out, name);
+    }
+    if (rc < 0) {
+        sl_release(hold);
+    }
+    return rc;
+}
+
+void sl_release(struct sl_hold *hold) {
+    if (!hold->legacy && !hold->versioned) {
+        return;
+    }
+    // A deleter may run Python code, which must not run with an exception set.
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (hold->legacy && hold->legacy->deleter) {
+        hold->legacy->deleter(hold->legacy);
+    }
+    if (hold->versioned && hold->versioned->deleter) {
+        hold->versioned->deleter(hold->versioned);
+    }
+    *hold = (struct sl_hold){0};
+    PyErr_Restore(type, value, traceback);
+}

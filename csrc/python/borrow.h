@@ -1,0 +1,39 @@
+// Zero-copy views of the caller's arrays. Three ways in, one struct sl_tensor out; nothing after the
+// borrowing knows which way an array came.
+#ifndef SL_BORROW_H
+#define SL_BORROW_H
+
+#include "module.h" // first: Python.h sets the feature macros of the system headers
+
+#include "../core/tensor.h"
+
+// What must be given back after use: a managed tensor that was taken out of a capsule. All zero means
+// nothing.
+struct sl_hold {
+    struct dl_managed_tensor *legacy;
+    struct dl_managed_tensor_versioned *versioned;
+};
+
+// Fills *out with object's memory and *hold with what sl_release must give back; returns 0, or -1 with an
+// exception that names the argument: TypeError for another kind of object or an element type that cannot be
+// borrowed, ValueError for a dimension count outside 1..SL_MAX_DIMS, NotImplementedError for a device this
+// build lacks, BufferError for memory that cannot be exchanged (byte-swapped, misaligned, refused by its
+// owner). None gives an absent tensor. The memory stays the caller's: the object must outlive the use of
+// *out.
+//   numpy.ndarray        through the NumPy C API
+//   torch.Tensor, ...    through the type's DLPack C exchange table: no capsule, no Python call
+//   anything else        through __dlpack_device__ and __dlpack__, versioned or legacy capsule
+int sl_borrow(struct sl_state *state, PyObject *object, const char *name, struct sl_tensor *out,
+              struct sl_hold *hold);
+
+// Calls the owner's deleter once and forgets it. A pending exception is kept.
+void sl_release(struct sl_hold *hold);
+
+// ---- the three ways; sl_borrow chooses. 1 where the object is not of this kind ----
+
+int sl_numpy_import(void);
+int sl_borrow_numpy(PyObject *object, const char *name, struct sl_tensor *out);
+int sl_borrow_exchange(struct sl_state *state, PyObject *object, const char *name, struct sl_tensor *out);
+int sl_borrow_capsule(PyObject *object, const char *name, struct sl_tensor *out, struct sl_hold *hold);
+
+#endif
