@@ -28,8 +28,8 @@ static enum sl_status check_shape(const char *name, const struct sl_tensor *t, i
         for (int32_t i = 0; i < n_dim; i++) {
             expected.shape[i] = shape[i];
         }
-        return sl_error_set(err, SL_INVALID, "%s: expected shape %s, got %s", name, shape_text(&expected, want),
-                            shape_text(t, got));
+        return sl_error_set(err, SL_INVALID, "%s: expected shape %s, got %s", name,
+                            shape_text(&expected, want), shape_text(t, got));
     }
     return SL_OK;
 }
@@ -43,8 +43,8 @@ static enum sl_status check_dtype(const char *name, const struct sl_tensor *t, e
     return SL_OK;
 }
 
-// What every tensor of a call must satisfy, given the query's device. Element strides of the last dimension are
-// checked for tensors of rows (last_contiguous).
+// What every tensor of a call must satisfy, given the query's device. Element strides of the last dimension
+// are checked for tensors of rows (last_contiguous).
 static enum sl_status check_memory(const char *name, const struct sl_tensor *t, const struct sl_tensor *query,
                                    bool last_contiguous, bool written, struct sl_error *err) {
     if (t->device_type != query->device_type || t->device_id != query->device_id) {
@@ -63,8 +63,8 @@ static enum sl_status check_memory(const char *name, const struct sl_tensor *t, 
     }
     const int32_t last = t->n_dim - 1;
     if (last_contiguous && t->shape[last] > 1 && t->stride[last] != 1) {
-        return sl_error_set(err, SL_INVALID, "%s: expected a contiguous last dimension, got stride %lld", name,
-                            (long long)t->stride[last]);
+        return sl_error_set(err, SL_INVALID, "%s: expected a contiguous last dimension, got stride %lld",
+                            name, (long long)t->stride[last]);
     }
     return SL_OK;
 }
@@ -91,15 +91,18 @@ static enum sl_status check_query_key_value(const struct sl_attention_args *a, s
     SL_TRY(check_dtype("key", k, q->dtype, err));
     SL_TRY(check_dtype("value", &a->value, q->dtype, err));
     if (k->n_dim != 4) {
-        return sl_error_set(err, SL_INVALID,
-                            "key: expected 4 dimensions (batch, key/value heads, tokens, head_dim), got shape %s",
-                            shape_text(k, got));
+        return sl_error_set(
+            err, SL_INVALID,
+            "key: expected 4 dimensions (batch, key/value heads, tokens, head_dim), got shape %s",
+            shape_text(k, got));
     }
     if (q->shape[1] < 1) {
-        return sl_error_set(err, SL_INVALID, "query: expected at least one head, got shape %s", shape_text(q, got));
+        return sl_error_set(err, SL_INVALID, "query: expected at least one head, got shape %s",
+                            shape_text(q, got));
     }
     if (k->shape[1] < 1 || q->shape[1] % k->shape[1] != 0) {
-        return sl_error_set(err, SL_INVALID, "key: expected a number of heads that divides the query's %lld, got %lld",
+        return sl_error_set(err, SL_INVALID,
+                            "key: expected a number of heads that divides the query's %lld, got %lld",
                             (long long)q->shape[1], (long long)k->shape[1]);
     }
     const int64_t like_query[4] = {q->shape[0], k->shape[1], q->shape[2], q->shape[3]};
@@ -130,7 +133,8 @@ static enum sl_status check_cu_seqlens(const struct sl_attention_args *a, struct
                             shape_text(t, got));
     }
     if (a->query.shape[0] != 1) {
-        return sl_error_set(err, SL_INVALID, "cu_seqlens: expected a batch of 1 packed row, got a batch of %lld",
+        return sl_error_set(err, SL_INVALID,
+                            "cu_seqlens: expected a batch of 1 packed row, got a batch of %lld",
                             (long long)a->query.shape[0]);
     }
     SL_TRY(check_memory("cu_seqlens", t, &a->query, true, false, err));
@@ -141,12 +145,14 @@ static enum sl_status check_cu_seqlens(const struct sl_attention_args *a, struct
     }
     for (int64_t i = 1; i < n; i++) {
         if (starts[i] < starts[i - 1]) {
-            return sl_error_set(err, SL_INVALID, "cu_seqlens: expected non-decreasing values, got %d after %d at %lld",
+            return sl_error_set(err, SL_INVALID,
+                                "cu_seqlens: expected non-decreasing values, got %d after %d at %lld",
                                 (int)starts[i], (int)starts[i - 1], (long long)i);
         }
     }
     if (starts[n - 1] != a->query.shape[2]) {
-        return sl_error_set(err, SL_INVALID, "cu_seqlens: expected to end with the number of tokens %lld, got %d",
+        return sl_error_set(err, SL_INVALID,
+                            "cu_seqlens: expected to end with the number of tokens %lld, got %d",
                             (long long)a->query.shape[2], (int)starts[n - 1]);
     }
     return SL_OK;
@@ -156,9 +162,10 @@ static enum sl_status check_sequences(const struct sl_attention_args *a, struct 
     const int given = sl_tensor_given(&a->cu_seqlens) + sl_tensor_given(&a->padding_mask) +
                       sl_tensor_given(&a->position_ids);
     if (given > 1) {
-        return sl_error_set(err, SL_INVALID,
-                            "%s: expected at most one of cu_seqlens, padding_mask and position_ids, got %d of them",
-                            sl_tensor_given(&a->cu_seqlens) ? "cu_seqlens" : "padding_mask", given);
+        return sl_error_set(
+            err, SL_INVALID,
+            "%s: expected at most one of cu_seqlens, padding_mask and position_ids, got %d of them",
+            sl_tensor_given(&a->cu_seqlens) ? "cu_seqlens" : "padding_mask", given);
     }
     if (sl_tensor_given(&a->cu_seqlens)) {
         return check_cu_seqlens(a, err);
@@ -196,7 +203,8 @@ static enum sl_status check_lse(const struct sl_attention_args *a, bool written,
     const int64_t dense[3] = {a->lse.shape[1] * a->lse.shape[2], a->lse.shape[2], 1};
     for (int32_t i = 0; i < 3; i++) {
         if (a->lse.shape[i] > 1 && sl_tensor_count(&a->lse) > 0 && a->lse.stride[i] != dense[i]) {
-            return sl_error_set(err, SL_INVALID, "lse: expected contiguous memory, got stride %lld in dimension %d",
+            return sl_error_set(err, SL_INVALID,
+                                "lse: expected contiguous memory, got stride %lld in dimension %d",
                                 (long long)a->lse.stride[i], (int)i);
         }
     }
@@ -232,10 +240,12 @@ int64_t sl_attention_backward_workspace(const struct sl_attention_args *args, in
     return sl_cpu_attention_backward_workspace(args, n_thread);
 }
 
-void sl_attention_forward(const struct sl_attention_args *args, void *workspace, int n_thread) {
-    sl_cpu_attention_forward(args, workspace, n_thread);
+enum sl_status sl_attention_forward(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
+                                    int n_thread, struct sl_error *err) {
+    return sl_cpu_attention_forward(args, workspace, n_byte, n_thread, err);
 }
 
-void sl_attention_backward(const struct sl_attention_args *args, void *workspace, int n_thread) {
-    sl_cpu_attention_backward(args, workspace, n_thread);
+enum sl_status sl_attention_backward(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
+                                     int n_thread, struct sl_error *err) {
+    return sl_cpu_attention_backward(args, workspace, n_byte, n_thread, err);
 }

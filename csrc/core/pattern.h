@@ -1,9 +1,9 @@
-// THE attention pattern: who may see whom. This header is the only place that says so; CPU loops, CUDA kernels,
-// the dense mask, the FLOP count and the picture all call it. Pure integer functions on positions inside one
-// sequence (0-based, padding not counted), read unchanged by C11, C++17 and nvcc.
+// THE attention pattern: who may see whom. This header is the only place that says so; CPU loops, CUDA
+// kernels, the dense mask, the FLOP count and the picture all call it. Pure integer functions on positions
+// inside one sequence (0-based, padding not counted), read unchanged by C11, C++17 and nvcc.
 //
-// sl_pattern_allows is the definition (SPEC section 1). Everything below it is derived, and proved equal to it by
-// enumeration in tests/c/test_pattern.c.
+// sl_pattern_allows is the definition (SPEC section 1). Everything below it is derived, and proved equal to
+// it by enumeration in tests/c/test_pattern.c.
 #ifndef SL_PATTERN_H
 #define SL_PATTERN_H
 
@@ -35,12 +35,14 @@ static SL_HD inline int64_t sl_max(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
-// Heads first_shifted .. n_head-1 have shifted groups (floor(n_head * fraction) of them, in double precision).
+// Heads first_shifted .. n_head-1 have shifted groups (floor(n_head * fraction) of them, in double
+// precision).
 static SL_HD inline int64_t sl_pattern_first_shifted_head(const struct sl_pattern *p, int64_t n_head) {
     return n_head - (int64_t)((double)n_head * p->shifted_fraction);
 }
 
-// Group of position t: t / G, or floor((t - shift) / G) where shifted, so that positions 0..shift-1 are group -1.
+// Group of position t: t / G, or floor((t - shift) / G) where shifted, so that positions 0..shift-1 are group
+// -1.
 static SL_HD inline int64_t sl_pattern_group(const struct sl_pattern *p, bool shifted, int64_t t) {
     const int64_t x = shifted ? t - p->shift : t;
     return x >= 0 ? x / p->group_size : -1;
@@ -65,8 +67,20 @@ static SL_HD inline struct sl_range sl_pattern_group_span(const struct sl_patter
     return span;
 }
 
-// The keys that some query of [query.lo, query.hi) may see, as sorted disjoint ranges; returns how many (0..2).
-// Each is tight: its first and its last key are seen by some query of the tile.
+// Number of groups of a sequence of n positions.
+static SL_HD inline int64_t sl_pattern_group_count(const struct sl_pattern *p, bool shifted, int64_t n) {
+    return n > 0 ? sl_pattern_group(p, shifted, n - 1) - sl_pattern_group(p, shifted, 0) + 1 : 0;
+}
+
+// The positions of the i-th group, 0 <= i < sl_pattern_group_count.
+static SL_HD inline struct sl_range sl_pattern_group_at(const struct sl_pattern *p, bool shifted, int64_t i,
+                                                        int64_t n) {
+    const int64_t g = sl_pattern_group(p, shifted, 0) + i;
+    return sl_pattern_group_span(p, shifted, sl_max(g * p->group_size + (shifted ? p->shift : 0), 0), n);
+}
+
+// The keys that some query of [query.lo, query.hi) may see, as sorted disjoint ranges; returns how many
+// (0..2). Each is tight: its first and its last key are seen by some query of the tile.
 static SL_HD inline int sl_pattern_key_ranges(const struct sl_pattern *p, bool shifted, struct sl_range query,
                                               int64_t n, struct sl_range out[2]) {
     if (query.lo >= query.hi) {
@@ -118,10 +132,10 @@ static SL_HD inline int sl_pattern_query_ranges(const struct sl_pattern *p, bool
     return 2;
 }
 
-// Does the tile of queries x keys hold no allowed pair, only allowed pairs, or both kinds? Exact for sound sizes
-// (both ranges inside the sequence); an empty range is an EMPTY tile.
-static SL_HD inline enum sl_tile sl_pattern_tile(const struct sl_pattern *p, bool shifted, struct sl_range query,
-                                                 struct sl_range key) {
+// Does the tile of queries x keys hold no allowed pair, only allowed pairs, or both kinds? Exact for sound
+// sizes (both ranges inside the sequence); an empty range is an EMPTY tile.
+static SL_HD inline enum sl_tile sl_pattern_tile(const struct sl_pattern *p, bool shifted,
+                                                 struct sl_range query, struct sl_range key) {
     if (query.lo >= query.hi || key.lo >= key.hi) {
         return SL_TILE_EMPTY;
     }
@@ -134,13 +148,16 @@ static SL_HD inline enum sl_tile sl_pattern_tile(const struct sl_pattern *p, boo
         if (key.hi <= p->n_sink || query.hi <= p->n_sink || one_group) {
             return SL_TILE_FULL;
         }
-        // The keys beyond the sinks against the queries beyond the sinks: full only where they share one group.
-        const int64_t q_rest = sl_pattern_group(p, shifted, sl_max(query.lo, sl_min(p->n_sink, query.hi - 1)));
+        // The keys beyond the sinks against the queries beyond the sinks: full only where they share one
+        // group.
+        const int64_t q_rest =
+            sl_pattern_group(p, shifted, sl_max(query.lo, sl_min(p->n_sink, query.hi - 1)));
         const int64_t k_rest = sl_pattern_group(p, shifted, sl_max(key.lo, sl_min(p->n_sink, key.hi - 1)));
         if (q_rest == q_last && k_rest == k_last && q_rest == k_rest) {
             return SL_TILE_FULL;
         }
-        const bool touch = key.lo < p->n_sink || query.lo < p->n_sink || (q_first <= k_last && k_first <= q_last);
+        const bool touch =
+            key.lo < p->n_sink || query.lo < p->n_sink || (q_first <= k_last && k_first <= q_last);
         return touch ? SL_TILE_MASKED : SL_TILE_EMPTY;
     }
     if (key.lo >= query.hi) {
@@ -159,8 +176,8 @@ static SL_HD inline enum sl_tile sl_pattern_tile(const struct sl_pattern *p, boo
     return SL_TILE_MASKED;
 }
 
-// Among the queries of key k's own group, the first that may see it. What a kernel needs on its diagonal: lane q
-// of a group sees row k of the same group exactly when q >= this.
+// Among the queries of key k's own group, the first that may see it. What a kernel needs on its diagonal:
+// lane q of a group sees row k of the same group exactly when q >= this.
 static SL_HD inline int64_t sl_pattern_first_query(const struct sl_pattern *p, bool shifted, int64_t k) {
     return p->causal ? k : sl_pattern_group_span(p, shifted, k, k + 1).lo;
 }

@@ -9,9 +9,10 @@ enum { SL_MAX_DIMS = 8 };
 // Device types carry DLPack's numbers.
 enum sl_device_type { SL_DEVICE_CPU = 1, SL_DEVICE_CUDA = 2 };
 
-// data points at element [0, ..., 0] (DLPack's byte_offset is already added). It is never owned and may be NULL
-// only where the tensor has no elements. strides count elements, may be zero or negative for inputs; the stride
-// of a dimension of size 1 means nothing. An optional argument that was not given has data NULL and n_dim 0.
+// data points at element [0, ..., 0] (DLPack's byte_offset is already added). It is never owned and may be
+// NULL only where the tensor has no elements. strides count elements, may be zero or negative for inputs; the
+// stride of a dimension of size 1 means nothing. An optional argument that was not given has data NULL and
+// n_dim 0.
 struct sl_tensor {
     void *data;
     enum sl_dtype dtype;

@@ -1,58 +1,164 @@
-// Placeholder: the definition, one pair at a time. Replaced by the tiled kernels.
-#include "../core/attention.h"
+// SF-Attn forward. Each unit packs the keys and values that its queries may see once, for all its query
+// heads; then every tile of queries walks them in steps of SL_KEY_TILE with an online softmax. Sinks are the
+// first rows of the packed keys, so they share the one softmax.
+#include "parallel.h"
+#include "plan.h"
+
+#include <float.h>
 #include <math.h>
-#include <stdlib.h>
-static float get(const struct sl_tensor *t, int64_t i) {
-    if (t->dtype == SL_F32) { return ((const float *)t->data)[i]; }
-    uint16_t h = ((const uint16_t *)t->data)[i];
-    if (t->dtype == SL_BF16) { uint32_t u = (uint32_t)h << 16; float f; memcpy(&f, &u, 4); return f; }
-    return (float)((const _Float16 *)t->data)[i];
+
+static const float LOG2_E = 1.44269504088896341f;
+static const float LN_2 = 0.693147180559945309f;
+
+struct forward {
+    struct sl_plan plan;
+    char *scratch; // one slice a worker
+    int64_t slice;
+};
+
+// A worker's memory.
+struct buffers {
+    sl_word *k_rows;   // [n_key_rows][n_kword]
+    sl_word *v_panels; // [d / 8][n_key_rows / pair][8]
+    sl_word *q_lanes;  // [n_kword][n_lane]
+    float *sums;       // [d][n_lane]
+    float *scores;     // [SL_KEY_TILE][n_lane]
+    sl_word *weights;  // [SL_KEY_TILE / pair][n_lane]; the scores' memory where pair is 1
+};
+
+static int64_t key_rows(const struct sl_plan *plan) {
+    return (sl_plan_max_keys(plan) + SL_ROW_BLOCK - 1) / SL_ROW_BLOCK * SL_ROW_BLOCK;
 }
-static void put(struct sl_tensor *t, int64_t i, float f) {
-    if (t->dtype == SL_F32) { ((float *)t->data)[i] = f; }
-    else if (t->dtype == SL_BF16) { uint32_t u; memcpy(&u, &f, 4); u += 0x7fff + ((u >> 16) & 1); ((uint16_t *)t->data)[i] = (uint16_t)(u >> 16); }
-    else { ((_Float16 *)t->data)[i] = (_Float16)f; }
+
+static struct buffers cut(const struct sl_plan *plan, struct sl_scratch *scratch) {
+    const int64_t rows = key_rows(plan), word = sizeof(sl_word), lanes = plan->kernels->n_lane;
+    const int64_t pair = plan->kernels->pair, row_bytes = plan->d_head / pair * word;
+    struct buffers b;
+    b.k_rows = sl_scratch_take(scratch, rows * row_bytes);
+    b.v_panels = sl_scratch_take(scratch, rows * row_bytes);
+    b.q_lanes = sl_scratch_take(scratch, row_bytes * lanes);
+    b.sums = sl_scratch_take(scratch, plan->d_head * lanes * word);
+    b.scores = sl_scratch_take(scratch, SL_KEY_TILE * lanes * word);
+    b.weights = pair == 1 ? (sl_word *)b.scores : sl_scratch_take(scratch, SL_KEY_TILE / pair * lanes * word);
+    return b;
 }
-static int64_t at(const struct sl_tensor *t, int64_t b, int64_t h, int64_t n) { return b * t->stride[0] + h * t->stride[1] + n * t->stride[2]; }
-// seq[n] = sequence number or -1, pos[n] = position in it
-static void sequences(const struct sl_attention_args *a, int64_t b, int64_t *seq, int64_t *pos) {
-    int64_t n = a->query.shape[2], c = 0, s = 0, last = -1;
-    for (int64_t i = 0; i < n; i++) {
-        if (sl_tensor_given(&a->cu_seqlens)) { const int32_t *cu = a->cu_seqlens.data; while (i >= cu[s + 1]) { s++; } seq[i] = s; pos[i] = i - cu[s]; continue; }
-        if (sl_tensor_given(&a->padding_mask)) { bool keep = ((const uint8_t *)a->padding_mask.data)[b * a->padding_mask.stride[0] + i * a->padding_mask.stride[1]]; seq[i] = keep ? 0 : -1; pos[i] = keep ? c++ : -1; continue; }
-        if (sl_tensor_given(&a->position_ids)) { const struct sl_tensor *p = &a->position_ids; int64_t x = ((const int64_t *)p->data)[(p->shape[0] == 1 ? 0 : b) * p->stride[0] + i * p->stride[1]]; if (i && x <= last) { s++; c = 0; } last = x; }
-        seq[i] = s; pos[i] = c++;
+
+static int64_t slice_bytes(const struct sl_plan *plan) {
+    struct sl_scratch scratch = {NULL, 0};
+    cut(plan, &scratch);
+    return (scratch.used + 4095) / 4096 * 4096; // workers do not share pages
+}
+
+// Writes one tile's output rows and lse from its sums.
+static void finish_tile(const struct sl_plan *plan, const struct sl_softmax *state, const float *sums,
+                        const struct sl_rows *output, int64_t i, int64_t n, float *lse,
+                        const int32_t *index) {
+    float inverse[SL_MAX_LANES];
+    for (int l = 0; l < plan->kernels->n_lane; l++) {
+        inverse[l] = 1.0f / state->sum[l];
+    }
+    plan->kernels->unpack_lanes(sums, inverse, plan->d_head, output, i, n);
+    for (int64_t l = 0; l < n; l++) {
+        const int64_t x = output->start + i + l;
+        lse[index ? index[x] : output->first + x] = (state->max[l] + log2f(state->sum[l])) * LN_2;
     }
 }
-static float dot(const struct sl_tensor *x, int64_t i, const struct sl_tensor *y, int64_t j, int64_t d) { float s = 0; for (int64_t e = 0; e < d; e++) { s += get(x, i + e) * get(y, j + e); } return s; }
-static void zero(struct sl_tensor *t) { for (int64_t b = 0; b < t->shape[0]; b++) for (int64_t h = 0; h < t->shape[1]; h++) for (int64_t n = 0; n < t->shape[2]; n++) for (int64_t d = 0; d < t->shape[3]; d++) put(t, at(t, b, h, n) + d, 0); }
-static void run(const struct sl_attention_args *args, bool back) {
-    struct sl_attention_args A = *args, *a = &A;
-    int64_t B = a->query.shape[0], H = a->query.shape[1], N = a->query.shape[2], D = a->query.shape[3], R = H / a->key.shape[1];
-    int64_t *seq = malloc((size_t)(N + 1) * 8), *pos = malloc((size_t)(N + 1) * 8);
-    float *p = malloc((size_t)(N + 1) * 4), *acc = malloc((size_t)D * 4), *gk = calloc((size_t)(B * H * N * D + 1), 4), *gv = calloc((size_t)(B * H * N * D + 1), 4);
-    if (back) { zero(&a->grad_query); zero(&a->grad_key); zero(&a->grad_value); } else { zero(&a->output); }
-    for (int64_t b = 0; b < B; b++) { sequences(a, b, seq, pos); for (int64_t h = 0; h < H; h++) for (int64_t i = 0; i < N; i++) {
-        bool sh = h >= sl_pattern_first_shifted_head(&a->pattern, H); float *lse = (float *)a->lse.data + (b * H + h) * N + i, m = -INFINITY, l = 0;
-        if (seq[i] < 0) { if (!back) { *lse = -INFINITY; } continue; }
-        for (int64_t j = 0; j < N; j++) { p[j] = -INFINITY; if (seq[j] == seq[i] && sl_pattern_allows(&a->pattern, sh, pos[i], pos[j])) { p[j] = (float)a->scale * dot(&a->query, at(&a->query, b, h, i), &a->key, at(&a->key, b, h / R, j), D); m = fmaxf(m, p[j]); } }
-        if (!back) {
-            for (int64_t j = 0; j < N; j++) { if (p[j] > -INFINITY) { p[j] = expf(p[j] - m); l += p[j]; } else { p[j] = 0; } }
-            memset(acc, 0, (size_t)D * 4);
-            for (int64_t j = 0; j < N; j++) { if (p[j] > 0) { for (int64_t d = 0; d < D; d++) { acc[d] += p[j] * get(&a->value, at(&a->value, b, h / R, j) + d); } } }
-            for (int64_t d = 0; d < D; d++) { put(&a->output, at(&a->output, b, h, i) + d, acc[d] / l); }
-            *lse = m + logf(l); continue;
+
+// All tiles of one query head against the packed keys of a unit.
+static void run_head(const struct sl_plan *plan, const struct sl_item *item, const struct sl_unit *unit,
+                     int64_t h, int64_t n_key, const struct buffers *b) {
+    const struct sl_cpu_kernels *kernels = plan->kernels;
+    const struct sl_attention_args *a = plan->args;
+    const int64_t d = plan->d_head, lanes = kernels->n_lane, n_query = unit->queries.hi - unit->queries.lo;
+    const int64_t n_kword = d / kernels->pair;
+    const int64_t panel = (n_key + SL_ROW_BLOCK - 1) / SL_ROW_BLOCK * SL_ROW_BLOCK / kernels->pair * 8;
+    const struct sl_rows query = sl_plan_rows(&a->query, item->sequence, h, 0, unit->queries.lo, n_query);
+    const struct sl_rows output = sl_plan_rows(&a->output, item->sequence, h, 0, unit->queries.lo, n_query);
+    float *lse = (float *)a->lse.data + (item->sequence->batch * plan->n_head + h) * plan->n_token;
+    const float scale2 = fmaxf(fabsf((float)a->scale) * LOG2_E, FLT_MIN);
+    for (int64_t i = 0; i < n_query; i += lanes) {
+        const int64_t n = sl_min(lanes, n_query - i);
+        // Rows after the tile's last query hide behind the diagonal.
+        const int64_t ahead =
+            unit->n_sink + unit->queries.lo + i - unit->keys.lo; // row of the tile's first query
+        const int64_t end = unit->diagonal ? ahead + n : n_key;
+        struct sl_softmax state;
+        float top[SL_MAX_LANES];
+        for (int l = 0; l < lanes; l++) {
+            state.max[l] = -FLT_MAX;
+            state.sum[l] = 0.0f;
         }
-        float delta = dot(&a->output, at(&a->output, b, h, i), &a->grad_output, at(&a->grad_output, b, h, i), D); memset(acc, 0, (size_t)D * 4);
-        for (int64_t j = 0; j < N; j++) { if (p[j] == -INFINITY) { continue; } float e = expf(p[j] - *lse), ds = e * (dot(&a->grad_output, at(&a->grad_output, b, h, i), &a->value, at(&a->value, b, h / R, j), D) - delta) * (float)a->scale;
-            int64_t kk = ((b * a->key.shape[1] + h / R) * N + j) * D;
-            for (int64_t d = 0; d < D; d++) { acc[d] += ds * get(&a->key, at(&a->key, b, h / R, j) + d); gk[kk + d] += ds * get(&a->query, at(&a->query, b, h, i) + d); gv[kk + d] += e * get(&a->grad_output, at(&a->grad_output, b, h, i) + d); } }
-        for (int64_t d = 0; d < D; d++) { put(&a->grad_query, at(&a->grad_query, b, h, i) + d, acc[d]); }
-    } }
-    if (back) for (int64_t b = 0; b < B; b++) for (int64_t h = 0; h < a->key.shape[1]; h++) for (int64_t i = 0; i < N; i++) for (int64_t d = 0; d < D; d++) { int64_t e = ((b * a->key.shape[1] + h) * N + i) * D + d; put(&a->grad_key, at(&a->grad_key, b, h, i) + d, gk[e]); put(&a->grad_value, at(&a->grad_value, b, h, i) + d, gv[e]); }
-    free(seq); free(pos); free(p); free(acc); free(gk); free(gv);
+        kernels->pack_lanes(&query, d, i, a->scale < 0.0, b->q_lanes);
+        for (int64_t k = 0; k < end; k += SL_KEY_TILE) {
+            const int64_t rows =
+                (sl_min(SL_KEY_TILE, end - k) + SL_ROW_BLOCK - 1) / SL_ROW_BLOCK * SL_ROW_BLOCK;
+            const int64_t diagonal = unit->diagonal ? ahead - k : SL_NO_DIAGONAL, limit = n_key - k;
+            kernels->scores(b->k_rows + k * n_kword, n_kword, b->q_lanes, rows, diagonal, limit, b->scores,
+                            top);
+            kernels->softmax(b->scores, top, rows, diagonal, limit, scale2, &state, b->weights);
+            kernels->lanes_add(b->v_panels + k / kernels->pair * 8, panel, b->weights, rows, diagonal,
+                               state.rescale, k == 0, d, b->sums);
+        }
+        finish_tile(plan, &state, b->sums, &output, i, n, lse, item->sequence->index);
+    }
 }
-int64_t sl_cpu_attention_forward_workspace(const struct sl_attention_args *a, int n) { (void)a; (void)n; return 1024; }
-int64_t sl_cpu_attention_backward_workspace(const struct sl_attention_args *a, int n) { (void)a; (void)n; return 1024; }
-void sl_cpu_attention_forward(const struct sl_attention_args *a, void *w, int n) { (void)w; (void)n; run(a, false); }
-void sl_cpu_attention_backward(const struct sl_attention_args *a, void *w, int n) { (void)w; (void)n; run(a, true); }
+
+static void run_item(void *context, int64_t i, int worker) {
+    const struct forward *f = context;
+    const struct sl_plan *plan = &f->plan;
+    const struct sl_cpu_kernels *kernels = plan->kernels;
+    const struct sl_item item = sl_plan_item(plan, i);
+    struct sl_scratch scratch = {f->scratch + worker * f->slice, 0};
+    const struct buffers b = cut(plan, &scratch);
+    for (int64_t g = item.groups.lo; g < item.groups.hi; g++) {
+        const struct sl_unit unit = sl_item_unit(plan, &item, g);
+        if (unit.queries.lo >= unit.queries.hi) {
+            continue;
+        }
+        const int64_t key_end = unit.diagonal ? unit.queries.hi : unit.keys.hi;
+        const int64_t n_key = unit.n_sink + key_end - unit.keys.lo;
+        const int64_t rows = (n_key + SL_ROW_BLOCK - 1) / SL_ROW_BLOCK * SL_ROW_BLOCK;
+        const struct sl_rows key =
+            sl_plan_rows(&plan->args->key, item.sequence, item.heads.hk, unit.n_sink, unit.keys.lo, n_key);
+        const struct sl_rows value =
+            sl_plan_rows(&plan->args->value, item.sequence, item.heads.hk, unit.n_sink, unit.keys.lo, n_key);
+        kernels->pack_rows(&key, plan->d_head, 0, rows, b.k_rows);
+        kernels->pack_panels(&value, plan->d_head, rows, b.v_panels);
+        for (int64_t h = item.heads.h0; h < item.heads.h1; h++) {
+            run_head(plan, &item, &unit, h, n_key, &b);
+        }
+    }
+}
+
+// Padded rows: output 0, lse -infinity (the neutral element of merging).
+static void fill_padding(const struct sl_plan *plan) {
+    const struct sl_attention_args *a = plan->args;
+    sl_plan_zero_padding(plan, &a->output);
+    for (int64_t i = 0; sl_tensor_given(&a->padding_mask) && i < sl_tensor_count(&a->lse); i++) {
+        if (!sl_plan_kept(plan, i / (plan->n_head * plan->n_token), i % plan->n_token)) {
+            ((float *)a->lse.data)[i] = -INFINITY;
+        }
+    }
+}
+
+int64_t sl_cpu_attention_forward_workspace(const struct sl_attention_args *args, int n_thread) {
+    struct sl_plan plan;
+    sl_plan_init(&plan, args, n_thread, false);
+    return 64 + (sl_plan_bytes(&plan) + 63) / 64 * 64 + n_thread * slice_bytes(&plan);
+}
+
+enum sl_status sl_cpu_attention_forward(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
+                                        int n_thread, struct sl_error *err) {
+    struct forward f;
+    struct sl_scratch scratch = {sl_align(workspace), 0};
+    sl_plan_init(&f.plan, args, n_thread, false);
+    void *memory = sl_scratch_take(&scratch, sl_plan_bytes(&f.plan));
+    f.slice = slice_bytes(&f.plan);
+    f.scratch = sl_scratch_take(&scratch, n_thread * f.slice);
+    if (64 + scratch.used > n_byte || !sl_plan_fill(&f.plan, memory)) {
+        return sl_error_set(err, SL_RUNTIME, "cu_seqlens, position_ids: changed while the operation ran");
+    }
+    fill_padding(&f.plan);
+    sl_parallel_for(f.plan.n_item, n_thread, run_item, &f);
+    return SL_OK;
+}

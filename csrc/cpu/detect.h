@@ -15,7 +15,7 @@ enum sl_cpu_level {
 #define SL_CPU_LEVEL(id, name) SL_CPU_##id,
     SL_CPU_LEVELS(SL_CPU_LEVEL)
 #undef SL_CPU_LEVEL
-    SL_CPU_LEVEL_COUNT
+        SL_CPU_LEVEL_COUNT
 };
 
 const char *sl_cpu_level_name(enum sl_cpu_level level);
@@ -26,8 +26,8 @@ bool sl_cpu_level_available(enum sl_cpu_level level);
 // The level in use: the best available, or what sl_cpu_level_select chose.
 enum sl_cpu_level sl_cpu_level_active(void);
 
-// Chooses by name (SINKLORA_CPU, tests); NULL or "" chooses the best. An unknown or unavailable name is SL_INVALID
-// with the names that would do, and changes nothing. Not to be called while an operation runs.
+// Chooses by name (SINKLORA_CPU, tests); NULL or "" chooses the best. An unknown or unavailable name is
+// SL_INVALID with the names that would do, and changes nothing. Not to be called while an operation runs.
 enum sl_status sl_cpu_level_select(const char *name, struct sl_error *err) SL_MUST_CHECK;
 
 #endif

@@ -4,14 +4,15 @@
 
 #include "../core/portable.h"
 
-// Runs work(context, item, worker) once for each item in [0, n_item), items handed out in order, on at most n_thread
-// threads of which the caller is one; worker is in [0, n_thread) and no two running calls share it, so it indexes
-// scratch memory. Returns when all are done. Any number of threads may call this at once; safe in a forked child.
+// Runs work(context, item, worker) once for each item in [0, n_item), items handed out in order, on at most
+// n_thread threads of which the caller is one; worker is in [0, n_thread) and no two running calls share it,
+// so it indexes scratch memory. Returns when all are done. Any number of threads may call this at once; safe
+// in a forked child.
 void sl_parallel_for(int64_t n_item, int n_thread, void (*work)(void *context, int64_t item, int worker),
                      void *context);
 
-// The default number of threads: OMP_NUM_THREADS where it is a positive number, else the processors this process
-// may run on.
+// The default number of threads: OMP_NUM_THREADS where it is a positive number, else the processors this
+// process may run on.
 int sl_parallel_default_threads(void);
 
 #endif

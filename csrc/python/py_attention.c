@@ -31,7 +31,8 @@ struct direction {
     Py_ssize_t n_tensor; // the last N_OPTIONAL of them may be None
     enum sl_status (*check)(const struct sl_attention_args *args, struct sl_error *err);
     int64_t (*workspace)(const struct sl_attention_args *args, int n_thread);
-    void (*compute)(const struct sl_attention_args *args, void *workspace, int n_thread);
+    enum sl_status (*compute)(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
+                              int n_thread, struct sl_error *err);
 };
 
 static const struct direction forward = {"attention_forward",
@@ -93,14 +94,22 @@ static int compute(struct sl_state *state, const struct direction *direction,
     if (n_byte > STACK_WORKSPACE) {
         workspace = allocate_workspace(state, allocate, n_byte, &owner, &hold);
     }
+    int rc = -1;
     if (workspace) {
+        enum sl_status status;
+        struct sl_error err;
         Py_BEGIN_ALLOW_THREADS;
-        direction->compute(args, workspace, n_thread);
+        status = direction->compute(args, workspace, n_byte, n_thread, &err);
         Py_END_ALLOW_THREADS;
+        if (status == SL_OK) {
+            rc = 0;
+        } else {
+            sl_raise(status, &err);
+        }
     }
     sl_release(&hold);
     Py_XDECREF(owner);
-    return workspace ? 0 : -1;
+    return rc;
 }
 
 static PyObject *run(PyObject *module, const struct direction *direction, PyObject *const *args,

@@ -1,0 +1,14 @@
+#include "common.inc"
+
+#include "vector_portable.h"
+
+#include "float_words.inc"
+
+#include "pack.inc"
+
+#include "forward.inc"
+
+#include "backward.inc"
+
+#define TABLE sl_kernels_portable
+#include "table.inc"

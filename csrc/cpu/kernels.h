@@ -1,0 +1,118 @@
+// The micro-kernels that attention_forward.c and attention_backward.c are written on: one table for each
+// instruction set and kind of packed operand. Everything that depends on the processor is behind this header.
+//
+// Vocabulary. A lane tile is n_lane consecutive queries of one group, one query a vector lane, so that
+// softmax runs vertically: no reduction across lanes. Scores are kept transposed, S^T[key row][lane].
+// Operands are packed into 32-bit words that hold `pair` elements along the summed dimension: one float32, or
+// two bfloat16 for instructions that multiply bfloat16 pairs. Every product is one micro-kernel:
+//     C[rows][vectors] += broadcast word of A  x  vector of words of B.
+//
+// Masking. Key row r of a tile is visible to the lanes >= r - diagonal, and to none where r >= limit.
+#ifndef SL_CPU_KERNELS_H
+#define SL_CPU_KERNELS_H
+
+#include "../core/dtype.h"
+#include "detect.h"
+
+enum {
+    SL_ROW_BLOCK = 8,       // key rows of a score block; d rows of a panel
+    SL_KEY_TILE = 384,      // key rows of one online-softmax step; a multiple of SL_ROW_BLOCK
+    SL_GRAD_KEY_TILE = 96,  // key rows of one backward tile
+    SL_GRAD_ROW_BLOCK = 24, // backward tiles end on multiples of this (of 8 and of 6)
+    SL_MAX_LANES = 48,
+    SL_MAX_VECTOR = 16, // floats of the widest vector
+    SL_NO_DIAGONAL = 1 << 28,
+};
+
+typedef uint32_t sl_word;
+
+// Rows of one head in memory, read by position in a sequence: row i is position i for the first n_sink rows,
+// start + i - n_sink after that, and zeros from count on. Position x is token index[x], or first + x without
+// index.
+struct sl_rows {
+    char *data;     // of token 0; inputs are not written through it
+    int64_t stride; // bytes from token to token
+    const int32_t *index;
+    int64_t first;
+    int64_t n_sink;
+    int64_t start;
+    int64_t count;
+    enum sl_dtype dtype;
+};
+
+static inline char *sl_rows_at(const struct sl_rows *rows, int64_t i) {
+    const int64_t x = i < rows->n_sink ? i : rows->start + i - rows->n_sink;
+    return rows->data + (rows->index ? rows->index[x] : rows->first + x) * rows->stride;
+}
+
+// Running softmax of a lane tile, in base 2: max and sum of exp2(scale2 * score - max); rescale is what the
+// last step's change of max multiplies older sums by.
+struct sl_softmax {
+    float max[SL_MAX_LANES];
+    float sum[SL_MAX_LANES];
+    float rescale[SL_MAX_LANES];
+};
+
+struct sl_cpu_kernels {
+    int n_lane;   // queries of a lane tile, <= SL_MAX_LANES
+    int pair;     // elements of a word
+    int n_vector; // floats of a vector, <= SL_MAX_VECTOR
+
+    // ---- packing (d = d_head, d_pad = d rounded up to n_vector, n_kword = d / pair) ----
+    // out[n][n_kword]: rows i .. i+n-1 as they are.
+    void (*pack_rows)(const struct sl_rows *rows, int64_t d, int64_t i, int64_t n, sl_word *out);
+    // out[n / pair][d_pad]: words along the rows; i and n are multiples of pair; columns d.. are zero.
+    void (*pack_words)(const struct sl_rows *rows, int64_t d, int64_t i, int64_t n, sl_word *out);
+    // out[d / 8][n / pair][8]: the same words in panels of 8 columns.
+    void (*pack_panels)(const struct sl_rows *rows, int64_t d, int64_t n, sl_word *out);
+    // out[n_kword][n_lane]: rows i .. i+n_lane-1 transposed; negate flips every sign.
+    void (*pack_lanes)(const struct sl_rows *rows, int64_t d, int64_t i, bool negate, sl_word *out);
+    // Rows i .. i+n-1 of the destination from in[d][n_lane], lane l multiplied by scale[l]; n <= n_lane.
+    void (*unpack_lanes)(const float *in, const float *scale, int64_t d, const struct sl_rows *rows,
+                         int64_t i, int64_t n);
+    // One destination row from in[d], multiplied by scale.
+    void (*unpack_row)(const float *in, float scale, int64_t d, enum sl_dtype dtype, char *row);
+    // out[l] = sum over d of a's row i+l times b's, for n rows.
+    void (*dot_rows)(const struct sl_rows *a, const struct sl_rows *b, int64_t d, int64_t i, int64_t n,
+                     float *out);
+
+    // ---- forward ----
+    // scores[n_row][n_lane] = k_rows x q_lanes, masked; top[n_lane] = the visible maximum of each lane (or
+    // the lowest finite float). n_row is a multiple of SL_ROW_BLOCK.
+    void (*scores)(const sl_word *k_rows, int64_t n_kword, const sl_word *q_lanes, int64_t n_row,
+                   int64_t diagonal, int64_t limit, float *scores, float *top);
+    // One online-softmax step over scores: updates state and writes the probabilities as words, weights[n_row
+    // / pair][n_lane]. weights may be the same memory as scores.
+    void (*softmax)(float *scores, const float *top, int64_t n_row, int64_t diagonal, int64_t limit,
+                    float scale2, struct sl_softmax *state, sl_word *weights);
+    // sums[d][n_lane] = sums * rescale + panels x weights over n_row rows. panel_stride is in words. rescale
+    // NULL keeps the old sums as they are; fresh starts from zero. Rows from the diagonal's block on skip the
+    // vectors that it masks.
+    void (*lanes_add)(const sl_word *panels, int64_t panel_stride, const sl_word *weights, int64_t n_row,
+                      int64_t diagonal, const float *rescale, bool fresh, int64_t d, float *sums);
+
+    // ---- backward ----
+    // For n_row (a multiple of SL_GRAD_ROW_BLOCK) key rows and one lane tile: P = exp2(scale2 * S - lse2) and
+    // dS = P * (V x dO - delta), masked, in the layouts the three remaining products read:
+    // p and ds [n_row][n_lane / pair] words along the lanes; ds_lanes [n_row / pair][n_lane] words along the
+    // keys (the same memory as ds where pair is 1).
+    void (*score_grads)(const sl_word *k_rows, const sl_word *v_rows, int64_t n_kword, const sl_word *q_lanes,
+                        const sl_word *grad_lanes, int64_t n_row, int64_t diagonal, int64_t limit,
+                        float scale2, const float *lse2, const float *delta, sl_word *p, sl_word *ds,
+                        sl_word *ds_lanes);
+    // sums[n_row][d_pad] += weights[n_row][n_lane / pair] x words[n_lane / pair][d_pad]. Each tile is summed
+    // from zero and added once, which keeps float32 sums short. Lanes that the diagonal masks are skipped.
+    void (*rows_add)(const sl_word *weights, const sl_word *words, int64_t n_row, int64_t diagonal, int64_t d,
+                     float *sums);
+};
+
+// The table for a level and an element type; never NULL for an available level and a compute type.
+const struct sl_cpu_kernels *sl_cpu_kernels_for(enum sl_cpu_level level, enum sl_dtype dtype);
+
+// One a translation unit under isa/.
+extern const struct sl_cpu_kernels sl_kernels_portable;
+extern const struct sl_cpu_kernels sl_kernels_avx2;
+extern const struct sl_cpu_kernels sl_kernels_avx512;
+extern const struct sl_cpu_kernels sl_kernels_avx512_bf16;
+
+#endif
