@@ -23,9 +23,11 @@
 #if defined(__GNUC__) || defined(__clang__)
 #define SL_MUST_CHECK __attribute__((warn_unused_result))
 #define SL_PRINTF(text, first) __attribute__((format(printf, text, first)))
+#define SL_PREFETCH(p) __builtin_prefetch(p)
 #else
 #define SL_MUST_CHECK
 #define SL_PRINTF(text, first)
+#define SL_PREFETCH(p) ((void)0)
 #endif
 
 #endif

@@ -18,7 +18,7 @@
 static const float LOG2_E = 1.44269504088896341f;
 
 enum {
-    QUERY_TILES = 21,
+    QUERY_TILES = 8,
     CONVERT_ROWS = 512
 }; // lane tiles packed at once: their operands stay in the L2 cache
 
