@@ -88,7 +88,7 @@ static struct buffers cut(const struct sl_plan *plan, struct sl_scratch *scratch
 static int64_t slice_bytes(const struct sl_plan *plan) {
     struct sl_scratch scratch = {NULL, 0};
     cut(plan, &scratch);
-    return (scratch.used + 4095) / 4096 * 4096; // workers do not share pages
+    return (scratch.used + 255) / 256 * 256; // workers do not share cache lines, nor prefetched pairs of them
 }
 
 // A block of queries of one head, packed: i .. i+n-1 of query.
@@ -365,6 +365,7 @@ static int64_t lay_out(struct backward *w, char *base, int n_thread, void **plan
 int64_t sl_cpu_attention_backward_workspace(const struct sl_attention_args *args, int n_thread) {
     struct backward w;
     void *plan_memory;
+    n_thread = sl_plan_threads(args, n_thread);
     sl_plan_init(&w.plan, args, n_thread, true);
     return 64 + lay_out(&w, NULL, n_thread, &plan_memory);
 }
@@ -373,6 +374,7 @@ enum sl_status sl_cpu_attention_backward(const struct sl_attention_args *args, v
                                          int64_t n_byte, int n_thread, struct sl_error *err) {
     struct backward w;
     void *plan_memory;
+    n_thread = sl_plan_threads(args, n_thread);
     sl_plan_init(&w.plan, args, n_thread, true);
     const int64_t used = lay_out(&w, sl_align(workspace), n_thread, &plan_memory);
     if (64 + used > n_byte || !sl_plan_fill(&w.plan, plan_memory) ||

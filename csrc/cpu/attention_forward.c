@@ -33,20 +33,21 @@ static int64_t key_rows(const struct sl_plan *plan) {
 static struct buffers cut(const struct sl_plan *plan, struct sl_scratch *scratch) {
     const int64_t rows = key_rows(plan), word = sizeof(sl_word), lanes = plan->kernels->n_lane;
     const int64_t pair = plan->kernels->pair, row_bytes = plan->d_head / pair * word;
+    const int64_t tile = sl_min(SL_KEY_TILE, rows);
     struct buffers b;
     b.k_rows = sl_scratch_take(scratch, rows * row_bytes);
     b.v_panels = sl_scratch_take(scratch, rows * row_bytes);
     b.q_lanes = sl_scratch_take(scratch, row_bytes * lanes);
     b.sums = sl_scratch_take(scratch, plan->d_head * lanes * word);
-    b.scores = sl_scratch_take(scratch, SL_KEY_TILE * lanes * word);
-    b.weights = pair == 1 ? (sl_word *)b.scores : sl_scratch_take(scratch, SL_KEY_TILE / pair * lanes * word);
+    b.scores = sl_scratch_take(scratch, tile * lanes * word);
+    b.weights = pair == 1 ? (sl_word *)b.scores : sl_scratch_take(scratch, tile / pair * lanes * word);
     return b;
 }
 
 static int64_t slice_bytes(const struct sl_plan *plan) {
     struct sl_scratch scratch = {NULL, 0};
     cut(plan, &scratch);
-    return (scratch.used + 4095) / 4096 * 4096; // workers do not share pages
+    return (scratch.used + 255) / 256 * 256; // workers do not share cache lines, nor prefetched pairs of them
 }
 
 // Writes one tile's output rows and lse from its sums.
@@ -157,6 +158,7 @@ static void fill_padding(const struct sl_plan *plan) {
 
 int64_t sl_cpu_attention_forward_workspace(const struct sl_attention_args *args, int n_thread) {
     struct sl_plan plan;
+    n_thread = sl_plan_threads(args, n_thread);
     sl_plan_init(&plan, args, n_thread, false);
     return 64 + (sl_plan_bytes(&plan) + 63) / 64 * 64 + n_thread * slice_bytes(&plan);
 }
@@ -165,6 +167,7 @@ enum sl_status sl_cpu_attention_forward(const struct sl_attention_args *args, vo
                                         int n_thread, struct sl_error *err) {
     struct forward f;
     struct sl_scratch scratch = {sl_align(workspace), 0};
+    n_thread = sl_plan_threads(args, n_thread);
     sl_plan_init(&f.plan, args, n_thread, false);
     void *memory = sl_scratch_take(&scratch, sl_plan_bytes(&f.plan));
     f.slice = slice_bytes(&f.plan);

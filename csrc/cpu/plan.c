@@ -3,6 +3,7 @@
 #include <string.h>
 
 enum {
+    THREAD_WORK = 1 << 21,  // multiplications of queries and keys that a thread should have at least
     RUN_TOKENS = 256,       // small groups are worked off in runs of about this many tokens
     ITEMS_PER_THREAD = 8,   // below this the forward splits heads, then queries
     MAX_BACKWARD_RUNS = 64, // bounds the memory of the sinks' partial sums
@@ -169,6 +170,13 @@ void sl_plan_init(struct sl_plan *plan, const struct sl_attention_args *args, in
     plan->n_sequence = plan->n_token > 0 ? count_sequences(plan) : 0;
     plan->max_sequence = plan->n_sequence;
     choose_split(plan, n_thread);
+}
+
+int sl_plan_threads(const struct sl_attention_args *args, int n_thread) {
+    const int64_t *shape = args->query.shape;
+    const double keys = (double)sl_min(sl_min(args->pattern.group_size, shape[2]) + args->pattern.n_sink, shape[2]);
+    const double work = (double)(shape[0] * shape[1] * shape[2] * shape[3]) * keys;
+    return (int)sl_max(1, sl_min(n_thread, 1 + (int64_t)(work / THREAD_WORK)));
 }
 
 int64_t sl_plan_bytes(const struct sl_plan *plan) {

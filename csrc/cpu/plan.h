@@ -69,6 +69,9 @@ struct sl_plan {
 // sequences.
 void sl_plan_init(struct sl_plan *plan, const struct sl_attention_args *args, int n_thread, bool backward);
 
+// Threads that the call is worth: waking one costs about as much as some millions of multiplications.
+int sl_plan_threads(const struct sl_attention_args *args, int n_thread);
+
 // Bytes of the plan's own arrays.
 int64_t sl_plan_bytes(const struct sl_plan *plan);
 

@@ -3,7 +3,7 @@
 
 #include "../core/attention.h"
 
-enum { MAX_TENSORS = 12, N_OPTIONAL = 3, N_SETTINGS = 8, STACK_WORKSPACE = 8192 };
+enum { MAX_TENSORS = 12, N_OPTIONAL = 3, N_SETTINGS = 8, STACK_WORKSPACE = 65536 };
 
 // Positional tensor arguments in order, each with the member it fills.
 struct argument {
