@@ -1,6 +1,6 @@
-"""The definition made executable: dense, float64, one sequence at a time. For tests and for reading, not for speed.
+"""The definition made executable: dense, float64, one sequence at a time. To test with and to read.
 
-Memory grows as num_heads * num_tokens ** 2. torch tensors keep their gradients; torch is imported only for them.
+Memory grows as num_heads * num_tokens ** 2. torch tensors keep their gradients; torch is never imported here.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ def sf_attention(
         scale: multiplies query . key; 1 / sqrt(D) by default.
         cu_seqlens: (S + 1,) integers, the starts of packed sequences and the end; only with B = 1.
         padding_mask: bool (B, N), True = kept.
-        position_ids: (B or 1, N) integers: a sequence starts where a position is not greater than the one before.
+        position_ids: (B or 1, N) integers: a sequence starts where a position is not above the one before.
         return_lse: also return the log-sum-exp (B, H, N).
-        roll: shift as LongLoRA's code does, by a cyclic roll of the tokens with the causal mask in rolled order. The
-            last group of a shifted head then holds the sequence's end followed by its beginning, so the first
-            ``shift`` tokens SEE THE LAST ONES: future tokens leak into a language model's loss. It is here to
-            reproduce published numbers and to show the leak; the kernels never do it.
+        roll: shift as LongLoRA's code does, by a cyclic roll of the tokens, with the causal mask in rolled
+            order. The last group of a shifted head then holds the sequence's end followed by its beginning,
+            so the first ``shift`` tokens SEE THE LAST ONES: future tokens leak into a language model's loss.
+            It is here to reproduce published numbers and to show the leak; the kernels never do it.
 
     Returns:
         output (B, H, N, D) float64, or (output, lse). Padded rows are 0, their lse -infinity.
 
     Raises:
-        ValueError: shapes that do not fit, more than one way of giving sequences, or with ``roll`` a sequence whose
-            length is not a multiple of the group size. TypeError: pattern is no SFPattern.
+        ValueError: shapes that do not fit, more than one way of giving sequences, or with ``roll`` a sequence
+            whose length is not a multiple of the group size. TypeError: pattern is no SFPattern.
     """
     if not isinstance(pattern, SFPattern):
         raise TypeError(f"pattern: expected an SFPattern, got {type(pattern)!r}")
@@ -94,7 +94,7 @@ def _dense(xp: Any, query: Any, key: Any, value: Any, allowed: Any, scale: float
 def _allowed(pattern: SFPattern, heads: int, tokens: int, roll: bool) -> _Mask:
     if not roll:
         return pattern.mask(heads, tokens)
-    group_size, shift, sinks, fraction, causal = pattern.resolve()
+    group_size, shift, sinks, fraction, causal = pattern.settings
     if tokens % group_size:
         raise ValueError(f"roll: expected a multiple of group_size {group_size} tokens, got {tokens}")
     plain = np.empty((1, tokens, tokens), dtype=np.bool_)
