@@ -173,7 +173,7 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_rank(name, tensor)
-    grads = _empty_rows(query), _empty_rows(key), _empty_rows(value)
+    grad_query, grad_key, grad_value = _empty_rows(query), _empty_rows(key), _empty_rows(value)
     _C.attention_backward(
         _rows(grad_output),
         _rows(query),
@@ -181,7 +181,9 @@ def _backward_cpu(
         _rows(value),
         _rows(output),
         lse.contiguous(),
-        *grads,
+        grad_query,
+        grad_key,
+        grad_value,
         cu_seqlens if cu_seqlens is None else _rows(cu_seqlens),
         padding_mask,
         position_ids,
@@ -189,7 +191,7 @@ def _backward_cpu(
         threads.chosen or torch.get_num_threads(),
         _allocate,
     )
-    return grads
+    return grad_query, grad_key, grad_value
 
 
 def _forward_fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
