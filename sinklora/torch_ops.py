@@ -17,9 +17,6 @@ from . import _C, threads
 from .ops import check_pattern, check_scale
 from .pattern import SFPattern
 
-# As SFPattern.settings, and the scale.
-_Settings = tuple[int, int, int, float, bool, float]
-
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? padding_mask, Tensor? position_ids"
 _SETTINGS = "int group_size, int shift, int num_sink_tokens, float shifted_fraction, bool causal, float scale"
 
@@ -61,7 +58,8 @@ def sf_attention(
         _check_devices(query, key=key, value=value)
     if scale is None:
         # Wrong ranks and D = 0 are the kernel's to refuse; here they only must not fail first.
-        scale = (query.shape[-1] or 1) ** -0.5 if query.dim() else 1.0
+        shape = query.shape
+        scale = (shape[-1] or 1) ** -0.5 if shape else 1.0
     else:
         scale = check_scale(scale)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -111,9 +109,11 @@ def _check_rank(name: str, tensor: Tensor) -> None:
 # ---- the operators ----
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def _rows(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself, or a copy where its last dimension is not contiguous: the only copy there is."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    if tensor is None or not tensor.dim() or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def _empty_rows(like: Tensor) -> Tensor:
@@ -127,35 +127,26 @@ def _allocate(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
-def _forward_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    position_ids: Tensor | None,
-    *settings: *_Settings,
-) -> tuple[Tensor, Tensor]:
+def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """rest: cu_seqlens, padding_mask, position_ids and the settings, as the schema has them."""
     _check_rank("query", query)
-    # A small call is bound by these lines: no helper functions, and no device argument.
+    # A small call is bound by these lines: no helper functions, and strides are asked for only where the
+    # kernel refuses them.
     batch, heads, tokens, dim = query.shape
-    output = torch.empty_strided(
-        (batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1), dtype=query.dtype
-    )
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32)
-    _C.attention_forward(
-        query if query.stride(-1) == 1 else _rows(query),
-        key if key.dim() and key.stride(-1) == 1 else _rows(key),
-        value if value.dim() and value.stride(-1) == 1 else _rows(value),
-        output,
-        lse,
-        cu_seqlens if cu_seqlens is None else _rows(cu_seqlens),
-        padding_mask,
-        position_ids,
-        *settings,
-        threads.chosen or torch.get_num_threads(),
-        _allocate,
-    )
+    shape, strides = (batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1)
+    output = torch.empty_strided(shape, strides, dtype=query.dtype)
+    lse = torch.empty_strided((batch, heads, tokens), (heads * tokens, tokens, 1), dtype=torch.float32)
+    num_threads = threads.chosen or torch.get_num_threads()
+    call: list[Any] = [query, key, value, output, lse, *rest, num_threads, _allocate]
+    try:
+        _C.attention_forward(*call)
+    except ValueError:
+        rows = [_rows(tensor) if isinstance(tensor, Tensor) else tensor for tensor in call]
+        if all(row is tensor for row, tensor in zip(rows, call, strict=True)):
+            raise
+    else:
+        return output, lse
+    _C.attention_forward(*rows)
     return output, lse
 
 
@@ -167,31 +158,16 @@ def _backward_cpu(
     output: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    position_ids: Tensor | None,
-    *settings: *_Settings,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_rank(name, tensor)
-    grad_query, grad_key, grad_value = _empty_rows(query), _empty_rows(key), _empty_rows(value)
-    _C.attention_backward(
-        _rows(grad_output),
-        _rows(query),
-        _rows(key),
-        _rows(value),
-        _rows(output),
-        lse.contiguous(),
-        grad_query,
-        grad_key,
-        grad_value,
-        cu_seqlens if cu_seqlens is None else _rows(cu_seqlens),
-        padding_mask,
-        position_ids,
-        *settings,
-        threads.chosen or torch.get_num_threads(),
-        _allocate,
-    )
-    return grad_query, grad_key, grad_value
+    grads = _empty_rows(query), _empty_rows(key), _empty_rows(value)
+    read = [_rows(tensor) for tensor in (grad_output, query, key, value, output)]
+    num_threads = threads.chosen or torch.get_num_threads()
+    call: list[Any] = [*read, lse.contiguous(), *grads, _rows(cu_seqlens), *rest, num_threads, _allocate]
+    _C.attention_backward(*call)
+    return grads
 
 
 def _forward_fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
