@@ -141,7 +141,9 @@ def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple
     try:
         _C.attention_forward(*call)
     except ValueError:
-        rows = [_rows(tensor) if isinstance(tensor, Tensor) else tensor for tensor in call]
+        rows = list(call)
+        for i in (0, 1, 2, 5):  # query, key, value, cu_seqlens
+            rows[i] = _rows(call[i])
         if all(row is tensor for row, tensor in zip(rows, call, strict=True)):
             raise
     else:
