@@ -21,7 +21,15 @@ SOURCES = sorted(str(path) for path in Path("csrc").glob("*/*.c")) + sorted(
 ISA_FLAGS = {
     "avx2.c": ["-mavx2", "-mfma", "-mf16c"],
     "avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-    "avx512_bf16.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"],
+    "avx512_bf16.c": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512bf16",
+        "-mfma",
+        "-mf16c",
+    ],
 }
 
 
@@ -30,7 +38,16 @@ def flag(name: str) -> bool:
 
 
 def common_flags() -> list[str]:
-    flags = ["-std=c11", "-O3", "-g1", "-Wall", "-Wextra", "-Wstrict-prototypes", "-fvisibility=hidden", "-pthread"]
+    flags = [
+        "-std=c11",
+        "-O3",
+        "-g1",
+        "-Wall",
+        "-Wextra",
+        "-Wstrict-prototypes",
+        "-fvisibility=hidden",
+        "-pthread",
+    ]
     if flag("SINKLORA_DEBUG"):
         flags += ["-O0", "-g"]
     if flag("SINKLORA_SANITIZE"):

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,16 @@ Settings = tuple[int, int, int, float, bool]
 
 @dataclasses.dataclass(frozen=True)
 class SFPattern:
-    """Who may see whom in SF-Attn: shifted groups and global sink tokens (SinkLoRA, arXiv 2406.05678, Algorithm 1).
+    """Who may see whom in SF-Attn: groups of tokens, some of them shifted, and global sink tokens.
 
-    A query sees the keys of its own group and the first ``num_sink_tokens`` of its sequence. The last
-    ``floor(num_heads * shifted_fraction)`` query heads use groups that begin ``shift`` tokens later.
+    SinkLoRA (arXiv 2406.05678), Algorithm 1. A query sees the keys of its own group and the first
+    ``num_sink_tokens`` of its sequence. The last ``floor(num_heads * shifted_fraction)`` query heads use
+    groups that begin ``shift`` tokens later.
 
     Args:
         group_size: tokens in a group, at least 1.
         num_sink_tokens: tokens at the start of every sequence that every query may see, at least 0.
-        shifted_fraction: share of the query heads, counted from the last, whose groups are shifted; in [0, 1].
+        shifted_fraction: share of the query heads, from the last, whose groups are shifted; in [0, 1].
         shift: how far those groups are shifted, from 0 to ``group_size``; ``None`` is ``group_size // 2``.
         causal: a query sees no later token. Without it, sink tokens also see everything.
 
@@ -41,6 +42,10 @@ class SFPattern:
     shift: int | None = None
     causal: bool = True
 
+    # group_size, shift (never None), num_sink_tokens, shifted_fraction, causal: the order of every kernel
+    # call, kept ready because the operator reads it at each. No field: it follows from the fields.
+    settings: ClassVar[Settings]
+
     def __post_init__(self) -> None:
         shift = 0 if self.shift is None else self.shift
         # The C definition's own check: the ranges are written once.
@@ -52,13 +57,9 @@ class SFPattern:
         put(self, "num_sink_tokens", operator.index(self.num_sink_tokens))
         put(self, "shifted_fraction", float(self.shifted_fraction))
         put(self, "shift", None if self.shift is None else operator.index(self.shift))
-        # Kept ready, because the operator reads it at every call.
-        put(self, "_settings", self.resolve())
-
-    def resolve(self) -> Settings:
-        """group_size, shift (never None), num_sink_tokens, shifted_fraction, causal: the order of every kernel call."""
         shift = self.group_size // 2 if self.shift is None else self.shift
-        return (self.group_size, shift, self.num_sink_tokens, self.shifted_fraction, self.causal)
+        settings = (self.group_size, shift, self.num_sink_tokens, self.shifted_fraction, self.causal)
+        put(self, "settings", settings)
 
     @classmethod
     def from_ratio(
@@ -70,7 +71,7 @@ class SFPattern:
         shifted_fraction: float = 0.25,
         causal: bool = True,
     ) -> SFPattern:
-        """Groups of ``ratio`` times the context of ``num_tokens``, rounded up (LongLoRA's "a quarter of the context").
+        """Groups of ``ratio`` times the context of ``num_tokens``, rounded up, as LongLoRA sizes them.
 
         Raises:
             ValueError: ``num_tokens`` below 1, or ``ratio`` outside (0, 1]. TypeError: another kind.
@@ -99,19 +100,19 @@ class SFPattern:
         num_heads = _require_int("num_heads", num_heads, 0)
         num_tokens = _require_int("num_tokens", num_tokens, 0)
         mask = np.empty((num_heads, num_tokens, num_tokens), dtype=np.bool_)
-        _C.pattern_mask(mask, *self.resolve())
+        _C.pattern_mask(mask, *self.settings)
         return mask
 
     def pairs(self, num_heads: int, num_tokens: int) -> int:
         """Number of allowed (query, key) pairs, summed over the heads."""
-        return _C.pattern_pairs(num_heads, num_tokens, *self.resolve())
+        return _C.pattern_pairs(num_heads, num_tokens, *self.settings)
 
     def flops(self, num_heads: int, num_tokens: int, head_dim: int) -> int:
-        """FLOPs of one forward over one sequence: 4 * head_dim for each allowed pair. A backward is 2.5 times that."""
+        """FLOPs of one forward over one sequence: 4 * head_dim a pair. A backward is 2.5 times that."""
         return 4 * _require_int("head_dim", head_dim, 0) * self.pairs(num_heads, num_tokens)
 
     def plot(self, num_heads: int, num_tokens: int, **options: Any) -> Any:
-        """Draws the mask of each kind of head with matplotlib (extra "plot"); see ``sinklora.plots.plot_pattern``."""
+        """Draws the mask with matplotlib (extra "plot"); see ``sinklora.plots.plot_pattern``."""
         from .plots import plot_pattern
 
         return plot_pattern(self, num_heads, num_tokens, **options)

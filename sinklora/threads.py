@@ -6,7 +6,8 @@ import sys
 
 from . import _C
 
-_chosen: int | None = None
+# What set_num_threads chose; None is the default. Other modules read it at every call.
+chosen: int | None = None
 
 
 def set_num_threads(num_threads: int | None) -> None:
@@ -18,9 +19,9 @@ def set_num_threads(num_threads: int | None) -> None:
     Raises:
         ValueError: not from 1 to 1024. TypeError: not an integer.
     """
-    global _chosen  # noqa: PLW0603 - the setting is the process's, as torch's own is
+    global chosen  # noqa: PLW0603 - the setting is the process's, as torch's own is
     if num_threads is None:
-        _chosen = None
+        chosen = None
         return
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
         raise TypeError(f"num_threads: expected an integer, got {type(num_threads)!r}")
@@ -28,12 +29,12 @@ def set_num_threads(num_threads: int | None) -> None:
     most = int(_C.build_info()["max_threads"])
     if not 1 <= number <= most:
         raise ValueError(f"num_threads: expected an integer from 1 to {most}, got {number}")
-    _chosen = number
+    chosen = number
 
 
 def get_num_threads() -> int:
     """The number of threads that a call would use now: with torch tensors where torch is imported."""
-    if _chosen is not None:
-        return _chosen
+    if chosen is not None:
+        return chosen
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch is not None else _C.default_threads()

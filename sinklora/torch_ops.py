@@ -1,17 +1,20 @@
 """SF-Attn for torch tensors: the registered operators and their gradient. Imports torch.
 
-Every call goes through the operators: the dispatcher is what makes negative bits, zero tensors, vmap levels and
-modes right, before the kernels see plain memory.
+Every call goes through the operators: the dispatcher is what makes negative bits, zero tensors, vmap levels
+and modes right, before the kernels see plain memory. The autograd.Function stands outside of them: an
+operator with an autograd kernel of its own costs several microseconds more at every call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C, threads
+from .ops import check_pattern, check_scale
 from .pattern import SFPattern
 
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? padding_mask, Tensor? position_ids"
@@ -28,67 +31,124 @@ torch.library.define(
 )
 
 
-def _num_threads() -> int:
-    return threads._chosen or torch.get_num_threads()
+def sf_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: SFPattern,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """SF-Attn over torch tensors, with gradients: output (B, H, N, D) and lse, float32 (B, H, N).
+
+    As ``sinklora.sf_attention``, which documents arguments and errors, and ``position_ids``, int64 (B or 1,
+    N): a sequence starts at token 0 and wherever a position is not greater than the one before. The kernel
+    finds the starts itself; nothing is read on the host.
+    """
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        _refuse_kind(query=query, key=key, value=value)
+    if type(pattern) is not SFPattern:
+        check_pattern(pattern)
+    if cu_seqlens is not None or padding_mask is not None or position_ids is not None:
+        _check_sequences(query, cu_seqlens=cu_seqlens, padding_mask=padding_mask, position_ids=position_ids)
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        _check_devices(query, key=key, value=value)
+    if scale is None:
+        # Wrong ranks and D = 0 are the kernel's to refuse; here they only must not fail first.
+        shape = query.shape
+        scale = (shape[-1] or 1) ** -0.5 if shape else 1.0
+    else:
+        scale = check_scale(scale)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        # torch.compile refuses one tensor passed twice to an autograd.Function; a view is another tensor.
+        if key is query:
+            key = key.view_as(key)
+        if value is query or value is key:
+            value = value.view_as(value)
+        attend: Callable[..., tuple[Tensor, Tensor]] = _SFAttention.apply
+    else:
+        attend = _forward_op
+    return attend(query, key, value, cu_seqlens, padding_mask, position_ids, *pattern.settings, scale)
+
+
+# ---- checks that the kernel cannot make ----
+
+
+def _refuse_kind(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch tensor, as query is, got {type(tensor)!r}")
+
+
+def _check_sequences(query: Tensor, **tensors: Tensor | None) -> None:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    _refuse_kind(**given)
+    _check_devices(query, **given)
+
+
+def _check_devices(query: Tensor, **others: Tensor) -> None:
+    if query.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(
+            f"query: this build computes on CPU tensors only, got device {query.device}"
+        )
+    for name, tensor in others.items():
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: expected query's device {query.device}, got {tensor.device}")
+
+
+def _check_rank(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 4:
+        raise ValueError(
+            f"{name}: expected 4 dimensions (batch, heads, tokens, head_dim), got shape {tuple(tensor.shape)}"
+        )
+
+
+# ---- the operators ----
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself, or a copy where its last dimension is not contiguous: the only copy there is."""
+    if tensor is None or not tensor.dim() or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def _empty_rows(like: Tensor) -> Tensor:
+    """(B, H, N, D) that lies in memory as (B, N, H, D): the transpose after attention then copies nothing."""
+    batch, heads, tokens, dim = like.shape
+    strides = (tokens * heads * dim, dim, heads * dim, 1)
+    return torch.empty_strided((batch, heads, tokens, dim), strides, dtype=like.dtype, device=like.device)
 
 
 def _allocate(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where its last dimension is not contiguous: the only copy there is."""
-    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) <= 1 else tensor.contiguous()
-
-
-def _empty_rows(name: str, like: Tensor) -> Tensor:
-    """(B, H, N, D), uninitialised, lying in memory as (B, N, H, D): the transpose after attention copies nothing."""
-    if like.dim() != 4:
-        shape = tuple(like.shape)
-        raise ValueError(f"{name}: expected 4 dimensions (batch, heads, tokens, head_dim), got shape {shape}")
-    batch, heads, tokens, dim = like.shape
-    return torch.empty_strided(
-        (batch, heads, tokens, dim),
-        (tokens * heads * dim, dim, heads * dim, 1),
-        dtype=like.dtype,
-        device=like.device,
-    )
-
-
-def _forward_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    position_ids: Tensor | None,
-    group_size: int,
-    shift: int,
-    num_sink_tokens: int,
-    shifted_fraction: float,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    output = _empty_rows("query", query)
-    lse = torch.empty(output.shape[:3], dtype=torch.float32)
-    _C.attention_forward(
-        _rows(query),
-        _rows(key),
-        _rows(value),
-        output,
-        lse,
-        cu_seqlens,
-        padding_mask,
-        position_ids,
-        group_size,
-        shift,
-        num_sink_tokens,
-        shifted_fraction,
-        causal,
-        scale,
-        threads._chosen or torch.get_num_threads(),
-        _allocate,
-    )
+def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """rest: cu_seqlens, padding_mask, position_ids and the settings, as the schema has them."""
+    _check_rank("query", query)
+    # A small call is bound by these lines: no helper functions, and strides are asked for only where the
+    # kernel refuses them.
+    batch, heads, tokens, dim = query.shape
+    shape, strides = (batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1)
+    output = torch.empty_strided(shape, strides, dtype=query.dtype)
+    lse = torch.empty_strided((batch, heads, tokens), (heads * tokens, tokens, 1), dtype=torch.float32)
+    num_threads = threads.chosen or torch.get_num_threads()
+    call: list[Any] = [query, key, value, output, lse, *rest, num_threads, _allocate]
+    try:
+        _C.attention_forward(*call)
+    except ValueError:
+        rows = list(call)
+        for i in (0, 1, 2, 5):  # query, key, value, cu_seqlens
+            rows[i] = _rows(call[i])
+        if all(row is tensor for row, tensor in zip(rows, call, strict=True)):
+            raise
+    else:
+        return output, lse
+    _C.attention_forward(*rows)
     return output, lse
 
 
@@ -100,52 +160,28 @@ def _backward_cpu(
     output: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
-    padding_mask: Tensor | None,
-    position_ids: Tensor | None,
-    group_size: int,
-    shift: int,
-    num_sink_tokens: int,
-    shifted_fraction: float,
-    causal: bool,
-    scale: float,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query = _empty_rows("query", query)
-    grad_key = _empty_rows("key", key)
-    grad_value = _empty_rows("value", value)
-    _C.attention_backward(
-        _rows(grad_output),
-        _rows(query),
-        _rows(key),
-        _rows(value),
-        _rows(output),
-        lse.contiguous(),
-        grad_query,
-        grad_key,
-        grad_value,
-        cu_seqlens,
-        padding_mask,
-        position_ids,
-        group_size,
-        shift,
-        num_sink_tokens,
-        shifted_fraction,
-        causal,
-        scale,
-        threads._chosen or torch.get_num_threads(),
-        _allocate,
-    )
-    return grad_query, grad_key, grad_value
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check_rank(name, tensor)
+    grads = _empty_rows(query), _empty_rows(key), _empty_rows(value)
+    read = [_rows(tensor) for tensor in (grad_output, query, key, value, output)]
+    num_threads = threads.chosen or torch.get_num_threads()
+    call: list[Any] = [*read, lse.contiguous(), *grads, _rows(cu_seqlens), *rest, num_threads, _allocate]
+    _C.attention_backward(*call)
+    return grads
 
 
-def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    output = _empty_rows("query", query)
-    return output, torch.empty(output.shape[:3], dtype=torch.float32, device=query.device)
+def _forward_fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    _check_rank("query", query)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    return _empty_rows(query), lse
 
 
 def _backward_fake(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_rows("query", query), _empty_rows("key", key), _empty_rows("value", value)
+    return _empty_rows(query), _empty_rows(key), _empty_rows(value)
 
 
 torch.library.impl("sinklora::sf_attention", "cpu", _forward_cpu)
@@ -155,6 +191,9 @@ torch.library.register_fake("sinklora::sf_attention_backward", _backward_fake)
 
 _forward_op = torch.ops.sinklora.sf_attention.default
 _backward_op = torch.ops.sinklora.sf_attention_backward.default
+
+
+# ---- the gradient ----
 
 
 class _SFAttention(torch.autograd.Function):
@@ -169,39 +208,23 @@ class _SFAttention(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = _backward_op(grad_output, *ctx.saved_tensors, *ctx.settings)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = _backward_op(grad_outputs[0], *ctx.saved_tensors, *ctx.settings)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _FirstOrderOnly.apply(*(grad.requires_grad_() for grad in grads))
         return (*grads, *(None,) * 9)
 
 
-def sf_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: SFPattern,
-    *,
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    padding_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """SF-Attn over torch tensors, with gradients: output (B, H, N, D) in query's dtype and lse (B, H, N) in float32.
+class _FirstOrderOnly(torch.autograd.Function):
+    """Where a caller keeps the gradients' graph (create_graph=True), using it must not give silent zeros."""
 
-    As ``sinklora.sf_attention``, and ``position_ids``, int64 (B or 1, N): a sequence starts at token 0 and wherever
-    a position is not greater than the one before.
-    """
-    dim = query.shape[-1]
-    args = (
-        query,
-        key,
-        value,
-        cu_seqlens,
-        padding_mask,
-        position_ids,
-        *pattern._settings,
-        dim**-0.5 if scale is None else scale,
-    )
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _SFAttention.apply(*args)
-    return _forward_op(*args)
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor) -> Any:
+        raise RuntimeError(
+            "sf_attention: its gradients cannot be differentiated again, got a second backward"
+        )

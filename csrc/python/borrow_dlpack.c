@@ -24,10 +24,10 @@ static int find_dtype(const struct dl_data_type *type, enum sl_dtype *out) {
 // Copies what *dl says into *out; shape and strides are not referred to afterwards.
 static int read_tensor(const struct dl_tensor *dl, const char *name, struct sl_tensor *out) {
     if (find_dtype(&dl->dtype, &out->dtype) < 0) {
-        PyErr_Format(
-            PyExc_TypeError,
-            "%s: expected float32, bfloat16, float16 or an integer dtype, got DLPack type code %d of %d bits",
-            name, (int)dl->dtype.code, (int)dl->dtype.bits);
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected float32, bfloat16, float16, bool or an integer dtype, got DLPack type "
+                     "code %d of %d bits",
+                     name, (int)dl->dtype.code, (int)dl->dtype.bits);
         return -1;
     }
     if (dl->n_dim < 1 || dl->n_dim > SL_MAX_DIMS) {

@@ -29,7 +29,8 @@ int sl_borrow_numpy(PyObject *object, const char *name, struct sl_tensor *out) {
     }
     PyArrayObject *array = (PyArrayObject *)object;
     if (find_dtype(PyArray_TYPE(array), &out->dtype) < 0) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a NumPy dtype that can be computed on, got %S", name,
+        PyErr_Format(PyExc_TypeError,
+                     "%s: expected float32, float16, bool or an integer dtype, got NumPy's %S", name,
                      (PyObject *)PyArray_DESCR(array));
         return -1;
     }

@@ -1,0 +1,88 @@
+# ruff: noqa: N999
+"""The C extension: functions that fill buffers given to them, with positional arguments only.
+
+An array is a torch tensor, a NumPy array or another DLPack producer; nothing is copied, and nothing is
+written before all checks have passed. The GIL is released around compute.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+class BuildInfo(TypedDict):
+    compiler: str
+    cuda: bool
+    max_head_dim: int
+    max_threads: int
+
+def attention_forward(
+    query: Any,  # [B, H, N, D], last dimension contiguous, like every array of D
+    key: Any,  # [B, Hkv, N, D]
+    value: Any,
+    output: Any,  # like query, written
+    lse: Any,  # float32 [B, H, N], contiguous, written
+    cu_seqlens: Any | None,  # int32 [S + 1]
+    padding_mask: Any | None,  # bool [B, N]
+    position_ids: Any | None,  # int64 [B or 1, N]
+    group_size: int,
+    shift: int,
+    num_sink_tokens: int,
+    shifted_fraction: float,
+    causal: bool,
+    scale: float,
+    num_threads: int,
+    allocate: Callable[[int], Any],  # num_bytes -> writable uint8 [>= num_bytes]; after all checks, if at all
+    /,
+) -> None: ...
+def attention_backward(
+    grad_output: Any,  # like query
+    query: Any,
+    key: Any,
+    value: Any,
+    output: Any,  # what the forward wrote
+    lse: Any,
+    grad_query: Any,  # like query, written
+    grad_key: Any,  # like key, written
+    grad_value: Any,
+    cu_seqlens: Any | None,
+    padding_mask: Any | None,
+    position_ids: Any | None,
+    group_size: int,
+    shift: int,
+    num_sink_tokens: int,
+    shifted_fraction: float,
+    causal: bool,
+    scale: float,
+    num_threads: int,
+    allocate: Callable[[int], Any],
+    /,
+) -> None: ...
+def pattern_mask(
+    output: Any,  # bool [num_heads, num_tokens, num_tokens], written
+    group_size: int,
+    shift: int,
+    num_sink_tokens: int,
+    shifted_fraction: float,
+    causal: bool,
+    /,
+) -> None: ...
+def pattern_pairs(
+    num_heads: int,
+    num_tokens: int,
+    group_size: int,
+    shift: int,
+    num_sink_tokens: int,
+    shifted_fraction: float,
+    causal: bool,
+    /,
+) -> int: ...
+
+# Available ones, worst first.
+def cpu_levels() -> tuple[str, ...]: ...
+
+# ValueError where SINKLORA_CPU names a level that is not available, as from the attention functions.
+def cpu_level() -> str: ...
+
+# None is the best. Not while another thread computes.
+def select_cpu_level(name: str | None, /) -> None: ...
+def default_threads() -> int: ...
+def build_info() -> BuildInfo: ...
