@@ -143,18 +143,19 @@ static void run_block(const struct sl_plan *plan, const struct sl_unit *unit, in
             if (end <= k) {
                 continue;
             }
+            const int live = (int)((sl_min(lanes, q->n - l) + kernels->n_vector - 1) / kernels->n_vector);
             const int64_t some = sl_min(SL_GRAD_KEY_TILE, end - k);
             const int64_t rows = (some + SL_GRAD_ROW_BLOCK - 1) / SL_GRAD_ROW_BLOCK * SL_GRAD_ROW_BLOCK;
             const int64_t diagonal = unit->diagonal ? ahead + l - k : SL_NO_DIAGONAL;
-            kernels->score_grads(b->k_rows + k * n_kword, b->v_rows + k * n_kword, n_kword,
+            kernels->score_grads(live, b->k_rows + k * n_kword, b->v_rows + k * n_kword, n_kword,
                                  b->q_lanes + l / lanes * tile, b->g_lanes + l / lanes * tile, rows, diagonal,
                                  n_key - k, scale2, b->lse2 + l, b->delta + l, b->p, b->ds, b->ds_lanes);
-            kernels->rows_add(b->p, b->g_words + l / pair * plan->d_pad, rows, diagonal, d,
+            kernels->rows_add(live, b->p, b->g_words + l / pair * plan->d_pad, rows, diagonal, d,
                               b->dv + k * plan->d_pad);
-            kernels->rows_add(b->ds, b->q_words + l / pair * plan->d_pad, rows, diagonal, d,
+            kernels->rows_add(live, b->ds, b->q_words + l / pair * plan->d_pad, rows, diagonal, d,
                               b->dk + k * plan->d_pad);
-            kernels->lanes_add(b->k_panels + k / pair * 8, panel, b->ds_lanes, rows, diagonal, NULL, k == 0,
-                               d, b->dq + l * d);
+            kernels->lanes_add(live, b->k_panels + k / pair * 8, panel, b->ds_lanes, rows, diagonal, NULL,
+                               k == 0, d, b->dq + l * d);
         }
     }
 }

@@ -95,6 +95,7 @@ static void run_head(const struct sl_plan *plan, const struct sl_item *item, con
         const int64_t ahead =
             unit->n_sink + unit->queries.lo + i - unit->keys.lo; // row of the tile's first query
         const int64_t end = unit->diagonal ? ahead + n : n_key;
+        const int live = (int)((n + kernels->n_vector - 1) / kernels->n_vector);
         struct sl_softmax state;
         float top[SL_MAX_LANES];
         for (int l = 0; l < lanes; l++) {
@@ -108,10 +109,10 @@ static void run_head(const struct sl_plan *plan, const struct sl_item *item, con
             const int64_t rows =
                 (sl_min(SL_KEY_TILE, end - k) + SL_ROW_BLOCK - 1) / SL_ROW_BLOCK * SL_ROW_BLOCK;
             const int64_t diagonal = unit->diagonal ? ahead - k : SL_NO_DIAGONAL, limit = n_key - k;
-            kernels->scores(b->k_rows + k * n_kword, n_kword, b->q_lanes, rows, diagonal, limit, b->scores,
-                            top);
-            kernels->softmax(b->scores, top, rows, diagonal, limit, scale2, &state, b->weights);
-            kernels->lanes_add(b->v_panels + k / kernels->pair * 8, panel, b->weights, rows, diagonal,
+            kernels->scores(live, b->k_rows + k * n_kword, n_kword, b->q_lanes, rows, diagonal, limit,
+                            b->scores, top);
+            kernels->softmax(live, b->scores, top, rows, diagonal, limit, scale2, &state, b->weights);
+            kernels->lanes_add(live, b->v_panels + k / kernels->pair * 8, panel, b->weights, rows, diagonal,
                                state.rescale, k == 0, d, b->sums);
         }
         finish_tile(plan, &state, b->sums, &output, i, n, lse, item->sequence->index);

@@ -7,6 +7,9 @@
 // two bfloat16 for instructions that multiply bfloat16 pairs. Every product is one micro-kernel:
 //     C[rows][vectors] += broadcast word of A  x  vector of words of B.
 //
+// live (1 to 3) is the number of lane vectors that hold queries; those behind it are neither read nor
+// written.
+//
 // Masking. Key row r of a tile is visible to the lanes >= r - diagonal, and to none where r >= limit.
 #ifndef SL_CPU_KERNELS_H
 #define SL_CPU_KERNELS_H
@@ -65,7 +68,8 @@ struct sl_cpu_kernels {
     void (*pack_words)(const struct sl_rows *rows, int64_t d, int64_t i, int64_t n, sl_word *out);
     // out[d / 8][n / pair][8]: the same words in panels of 8 columns.
     void (*pack_panels)(const struct sl_rows *rows, int64_t d, int64_t n, sl_word *out);
-    // out[n_kword][n_lane]: rows i .. i+n_lane-1 transposed; negate flips every sign.
+    // out[n_kword][n_lane]: rows i .. i+n_lane-1 transposed, up to the vector of the last row;
+    // negate flips every sign.
     void (*pack_lanes)(const struct sl_rows *rows, int64_t d, int64_t i, bool negate, sl_word *out);
     // Rows i .. i+n-1 of the destination from in[d][n_lane], lane l multiplied by scale[l]; n <= n_lane.
     void (*unpack_lanes)(const float *in, const float *scale, int64_t d, const struct sl_rows *rows,
@@ -79,31 +83,32 @@ struct sl_cpu_kernels {
     // ---- forward ----
     // scores[n_row][n_lane] = k_rows x q_lanes, masked; top[n_lane] = the visible maximum of each lane (or
     // the lowest finite float). n_row is a multiple of SL_ROW_BLOCK.
-    void (*scores)(const sl_word *k_rows, int64_t n_kword, const sl_word *q_lanes, int64_t n_row,
+    void (*scores)(int live, const sl_word *k_rows, int64_t n_kword, const sl_word *q_lanes, int64_t n_row,
                    int64_t diagonal, int64_t limit, float *scores, float *top);
     // One online-softmax step over scores: updates state and writes the probabilities as words, weights[n_row
     // / pair][n_lane]. weights may be the same memory as scores.
-    void (*softmax)(float *scores, const float *top, int64_t n_row, int64_t diagonal, int64_t limit,
+    void (*softmax)(int live, float *scores, const float *top, int64_t n_row, int64_t diagonal, int64_t limit,
                     float scale2, struct sl_softmax *state, sl_word *weights);
     // sums[d][n_lane] = sums * rescale + panels x weights over n_row rows. panel_stride is in words. rescale
     // NULL keeps the old sums as they are; fresh starts from zero. Rows from the diagonal's block on skip the
     // vectors that it masks.
-    void (*lanes_add)(const sl_word *panels, int64_t panel_stride, const sl_word *weights, int64_t n_row,
-                      int64_t diagonal, const float *rescale, bool fresh, int64_t d, float *sums);
+    void (*lanes_add)(int live, const sl_word *panels, int64_t panel_stride, const sl_word *weights,
+                      int64_t n_row, int64_t diagonal, const float *rescale, bool fresh, int64_t d,
+                      float *sums);
 
     // ---- backward ----
     // For n_row (a multiple of SL_GRAD_ROW_BLOCK) key rows and one lane tile: P = exp2(scale2 * S - lse2) and
     // dS = P * (V x dO - delta), masked, in the layouts the three remaining products read:
     // p and ds [n_row][n_lane / pair] words along the lanes; ds_lanes [n_row / pair][n_lane] words along the
     // keys (the same memory as ds where pair is 1).
-    void (*score_grads)(const sl_word *k_rows, const sl_word *v_rows, int64_t n_kword, const sl_word *q_lanes,
-                        const sl_word *grad_lanes, int64_t n_row, int64_t diagonal, int64_t limit,
-                        float scale2, const float *lse2, const float *delta, sl_word *p, sl_word *ds,
-                        sl_word *ds_lanes);
+    void (*score_grads)(int live, const sl_word *k_rows, const sl_word *v_rows, int64_t n_kword,
+                        const sl_word *q_lanes, const sl_word *grad_lanes, int64_t n_row, int64_t diagonal,
+                        int64_t limit, float scale2, const float *lse2, const float *delta, sl_word *p,
+                        sl_word *ds, sl_word *ds_lanes);
     // sums[n_row][d_pad] += weights[n_row][n_lane / pair] x words[n_lane / pair][d_pad]. Each tile is summed
     // from zero and added once, which keeps float32 sums short. Lanes that the diagonal masks are skipped.
-    void (*rows_add)(const sl_word *weights, const sl_word *words, int64_t n_row, int64_t diagonal, int64_t d,
-                     float *sums);
+    void (*rows_add)(int live, const sl_word *weights, const sl_word *words, int64_t n_row, int64_t diagonal,
+                     int64_t d, float *sums);
 };
 
 // The table for a level and an element type; never NULL for an available level and a compute type.

@@ -174,7 +174,8 @@ void sl_plan_init(struct sl_plan *plan, const struct sl_attention_args *args, in
 
 int sl_plan_threads(const struct sl_attention_args *args, int n_thread) {
     const int64_t *shape = args->query.shape;
-    const double keys = (double)sl_min(sl_min(args->pattern.group_size, shape[2]) + args->pattern.n_sink, shape[2]);
+    const double keys =
+        (double)sl_min(sl_min(args->pattern.group_size, shape[2]) + args->pattern.n_sink, shape[2]);
     const double work = (double)(shape[0] * shape[1] * shape[2] * shape[3]) * keys;
     return (int)sl_max(1, sl_min(n_thread, 1 + (int64_t)(work / THREAD_WORK)));
 }
