@@ -23,7 +23,7 @@ class SFPattern:
 
     SinkLoRA (arXiv 2406.05678), Algorithm 1. A query sees the keys of its own group and the first
     ``num_sink_tokens`` of its sequence. The last ``floor(num_heads * shifted_fraction)`` query heads use
-    groups that begin ``shift`` tokens later.
+    groups that begin ``shift`` tokens later. Make it outside of a function that torch.compile traces whole.
 
     Args:
         group_size: tokens in a group, at least 1.

@@ -17,6 +17,8 @@ from . import _C, threads
 from .ops import check_pattern, check_scale
 from .pattern import SFPattern
 
+_Settings = tuple[int, int, int, float, bool, float]  # as SFPattern.settings, and the scale
+
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? padding_mask, Tensor? position_ids"
 _SETTINGS = "int group_size, int shift, int num_sink_tokens, float shifted_fraction, bool causal, float scale"
 
@@ -62,6 +64,9 @@ def sf_attention(
         scale = (shape[-1] or 1) ** -0.5 if shape else 1.0
     else:
         scale = check_scale(scale)
+    settings = (*pattern.settings, scale)
+    if torch.compiler.is_compiling():
+        settings = _static(settings)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         # torch.compile refuses one tensor passed twice to an autograd.Function; a view is another tensor.
         if key is query:
@@ -71,7 +76,19 @@ def sf_attention(
         attend: Callable[..., tuple[Tensor, Tensor]] = _SFAttention.apply
     else:
         attend = _forward_op
-    return attend(query, key, value, cu_seqlens, padding_mask, position_ids, *pattern.settings, scale)
+    return attend(query, key, value, cu_seqlens, padding_mask, position_ids, *settings)
+
+
+def _static(settings: _Settings) -> _Settings:
+    """Settings as constants of a compiled graph.
+
+    torch.compile(dynamic=True) makes symbols of the floats that it finds in objects, and fails where two
+    calls in a graph pass the same one to an autograd.Function.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    group_size, shift, num_sink_tokens, fraction, causal, scale = settings
+    return (group_size, shift, num_sink_tokens, guard_scalar(fraction), causal, guard_scalar(scale))
 
 
 # ---- checks that the kernel cannot make ----

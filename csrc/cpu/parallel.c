@@ -156,8 +156,12 @@ static void watch_forks(void) {
     pthread_atfork(NULL, NULL, after_fork_in_child);
 }
 
-void sl_parallel_for(int64_t n_item, int n_thread, void (*work)(void *, int64_t, int), void *context) {
+void sl_parallel_init(void) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
+}
+
+void sl_parallel_for(int64_t n_item, int n_thread, void (*work)(void *, int64_t, int), void *context) {
     struct job job = {.work = work, .context = context, .n_item = n_item};
     if (n_thread > n_item) {
         n_thread = (int)n_item;
@@ -166,7 +170,6 @@ void sl_parallel_for(int64_t n_item, int n_thread, void (*work)(void *, int64_t,
         take_items(&job);
         return;
     }
-    pthread_once(&once, watch_forks);
     const parallel_region region = wants_own_pool() || atomic_load(&forked) ? NULL : find_openmp();
     if (region) {
         region(in_omp_thread, &job, (unsigned)n_thread, 0);

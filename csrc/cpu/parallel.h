@@ -4,6 +4,10 @@
 
 #include "../core/portable.h"
 
+// To be called when the library is loaded, before anything can fork: a child whose parent used only another
+// library's OpenMP would otherwise join a pool that has no threads there.
+void sl_parallel_init(void);
+
 // Runs work(context, item, worker) once for each item in [0, n_item), items handed out in order, on at most
 // n_thread threads of which the caller is one; worker is in [0, n_thread) and no two running calls share it,
 // so it indexes scratch memory. Returns when all are done. Any number of threads may call this at once; safe

@@ -61,8 +61,8 @@ PyObject *sl_py_select_cpu_level(PyObject *module, PyObject *name);
 PyObject *sl_py_default_threads(PyObject *module, PyObject *unused);
 PyObject *sl_py_build_info(PyObject *module, PyObject *unused);
 
-// Selects the level that SINKLORA_CPU names; an unusable name is remembered, not raised, so that the module
-// imports.
+// Prepares the threads and selects the level that SINKLORA_CPU names; an unusable name is remembered, not
+// raised, so that the module imports.
 void sl_cpu_init(struct sl_state *state);
 
 // -1 with ValueError where SINKLORA_CPU named an unusable level and none was selected since.

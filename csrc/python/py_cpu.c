@@ -8,6 +8,7 @@
 #include <stdlib.h>
 
 void sl_cpu_init(struct sl_state *state) {
+    sl_parallel_init();
     const char *name = getenv("SINKLORA_CPU");
     state->cpu_refused = sl_cpu_level_select(name, &state->cpu_error) != SL_OK;
 }
