@@ -37,6 +37,7 @@ Source = SFPattern | str | os.PathLike[str] | None
 # Where patch remembers on the model what unpatch gives back. Not in the config: it is not to be saved.
 _BEFORE = "_sinklora_before"
 _ABSENT = object()
+_DEFAULTS = "defaults, as neither the call nor the model's config gives any"
 
 
 class _Before(NamedTuple):
@@ -171,7 +172,7 @@ def _resolve(
     elif pattern is None:
         found, source = getattr(config, CONFIG_KEY, {}), "the model's config"
         if not found:
-            return to_settings(SFPattern(), eval_attention or "full"), "defaults"
+            return to_settings(SFPattern(), eval_attention or "full"), _DEFAULTS
     else:
         raise TypeError(f"pattern: expected an SFPattern, a directory or None, got {type(pattern).__name__}")
     carried, carried_eval = from_settings(found, source)
@@ -194,6 +195,10 @@ def _refuse_model(base: PreTrainedModel, config: Any) -> None:
         if getattr(module, "is_causal", True) is False or getattr(config, "is_causal", True) is False:
             raise NotImplementedError(
                 f"model: expected causal attention, got the non-causal {type(module).__name__}"
+            )
+        if getattr(module, "sinks", None) is not None:
+            raise NotImplementedError(
+                f"model: expected plain softmax attention, got learned sink logits in {type(module).__name__}"
             )
         dropout = getattr(module, "attention_dropout", 0.0)
         if isinstance(dropout, (int, float)) and dropout > 0:
@@ -254,7 +259,7 @@ def _announce(base: PreTrainedModel, config: Any, settings: dict[str, Any], sour
     num_heads = getattr(config, "num_attention_heads", None)
     forget(config)
     first_time(config, "active")  # so that the first call does not say it again
-    level = logging.WARNING if source == "defaults" else logging.INFO
+    level = logging.WARNING if source == _DEFAULTS else logging.INFO
     logger.log(
         level,
         "%s: %s; settings: %s",

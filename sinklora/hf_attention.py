@@ -254,7 +254,7 @@ def _run_kernel(  # noqa: PLR0917
         padding_mask=rows.padding_mask,
         position_ids=rows.position_ids,
     )
-    return output[..., :value_dim].transpose(1, 2)
+    return output[..., :value_dim].transpose(1, 2).contiguous()  # a copy only where columns were cut off
 
 
 def _target_dtype(module: torch.nn.Module, query: torch.Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -48,18 +48,28 @@ def from_settings(settings: Any, source: str = "config.sinklora") -> tuple[SFPat
         raise ValueError(
             f"{source}: eval_attention: expected one of {EVAL_ATTENTION}, got {eval_attention!r}"
         )
-    return _pattern(
-        source, *((key, settings[key]) for key in settings if key != "eval_attention")
-    ), eval_attention
-
-
-# A pattern is checked by C code, which torch.compile cannot trace.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _pattern(source: str, *items: tuple[str, Any]) -> SFPattern:
+    values = {key: value for key, value in settings.items() if key != "eval_attention"}
+    if torch.compiler.is_compiling():
+        return cast(SFPattern, TracedPattern(values)), eval_attention
     try:
-        return SFPattern.from_dict(dict(items))
+        return SFPattern.from_dict(values), eval_attention
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+class TracedPattern:
+    """What the operator reads of a pattern, where torch.compile traces: an SFPattern cannot be made there,
+    because C code checks it, and the numbers may be symbols. The operator checks them whenever it runs."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        group_size, shift = values["group_size"], values.get("shift")
+        self._settings = (
+            group_size,
+            group_size // 2 if shift is None else shift,
+            values.get("num_sink_tokens", 4),
+            values.get("shifted_fraction", 0.25),
+            values.get("causal", True),
+        )
 
 
 def read_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:
