@@ -1,0 +1,51 @@
+"""Shared fixtures: seeded random numbers, and every instruction set that this CPU has."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from sinklora import _C
+
+_SEED = pytest.StashKey[int]()
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """This test's seed: SINKLORA_TEST_SEED, else a new one each run; printed where the test fails."""
+    chosen = os.environ.get("SINKLORA_TEST_SEED")
+    value = int(chosen) if chosen else random.SystemRandom().randrange(2**31)
+    request.node.stash[_SEED] = value
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def torch_rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.failed and _SEED in item.stash:
+        report.sections.append(("random seed", f"repeat with SINKLORA_TEST_SEED={item.stash[_SEED]}"))
+    return report
+
+
+@pytest.fixture(params=_C.cpu_levels())
+def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on each available instruction set in turn."""
+    before = _C.cpu_level()
+    _C.select_cpu_level(request.param)
+    yield request.param
+    _C.select_cpu_level(before)
