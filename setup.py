@@ -7,6 +7,7 @@ SINKLORA_WERROR=1    warnings are errors
 
 import os
 import platform
+import tomllib
 from pathlib import Path
 
 import numpy
@@ -17,20 +18,8 @@ SOURCES = sorted(str(path) for path in Path("csrc").glob("*/*.c")) + sorted(
     str(path) for path in Path("csrc/cpu/isa").glob("*.c")
 )
 
-# One translation unit for each instruction set; only these files may assume theirs.
-ISA_FLAGS = {
-    "avx2.c": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-    "avx512_bf16.c": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx512bf16",
-        "-mfma",
-        "-mf16c",
-    ],
-}
+with open("pyproject.toml", "rb") as settings:
+    ISA_FLAGS = tomllib.load(settings)["tool"]["sinklora"]["isa-flags"]
 
 
 def flag(name: str) -> bool:
