@@ -111,7 +111,7 @@ def settings_of(config: Any) -> tuple[SFPattern, str]:
 
 def describe(pattern: SFPattern, eval_attention: str, num_heads: int | None) -> str:
     """One line of what is active."""
-    _, shift, sinks, fraction, _ = pattern.resolve()
+    _, shift, sinks, fraction, _ = pattern.settings
     share = (
         f"{fraction:g} of the heads"
         if num_heads is None

@@ -51,7 +51,7 @@ def head_classes(pattern: SFPattern, num_heads: int, num_tokens: int) -> list[He
         found.append(HeadClass(f"{_heads(num_heads - shifted)}, unshifted", cells(of_all, num_tokens)))
     if shifted:
         of_all = dataclasses.replace(pattern, shifted_fraction=1.0)
-        shift = pattern.resolve()[1]
+        shift = pattern.settings[1]
         found.append(HeadClass(f"{_heads(shifted)}, shifted by {shift}", cells(of_all, num_tokens)))
     return found
 
@@ -77,7 +77,7 @@ def _num_shifted(pattern: SFPattern, num_heads: int) -> int:
 
 def describe(pattern: SFPattern) -> str:
     """One line of a pattern's settings, for titles."""
-    group_size, _, sinks, fraction, causal = pattern.resolve()
+    group_size, _, sinks, fraction, causal = pattern.settings
     kind = "" if causal else ", not causal"
     return f"group size {group_size}, {sinks} sink tokens, {fraction:g} of the heads shifted{kind}"
 
