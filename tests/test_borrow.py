@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from producers import Producer
+from producers import Failing, Lying, Producer, Twice
 
 from sinklora import _C, SFPattern
 
@@ -146,53 +146,15 @@ REFUSED: dict[str, tuple[Callable[[np.ndarray], Any], type[Exception], str]] = {
     "null, offset": (lambda x: Producer(x, data=0, byte_offset=64), BufferError, "NULL pointer"),
     "version 2": (lambda x: Producer(x, major=2), BufferError, "query: expected DLPack version 1, got 2"),
     "cuda": (lambda x: Producer(x, device_type=2), NotImplementedError, "query: .*device type 2"),
-    "vulkan capsule": (lambda x: _Lying(x, device_type=7), NotImplementedError, "query: .*device type 7"),
+    "vulkan capsule": (lambda x: Lying(x, device_type=7), NotImplementedError, "query: .*device type 7"),
     "used capsule": (
-        lambda x: _Twice(x, legacy=False),
+        lambda x: Twice(x, legacy=False),
         BufferError,
         "query: expected an unused DLPack capsule",
     ),
-    "failing": (lambda x: _Failing(x, RuntimeError("gone")), BufferError, "query: .*exchanged: gone"),
-    "no capsule": (lambda x: _Failing(x, None), BufferError, "query: expected an unused DLPack capsule"),
+    "failing": (lambda x: Failing(x, RuntimeError("gone")), BufferError, "query: .*exchanged: gone"),
+    "no capsule": (lambda x: Failing(x, None), BufferError, "query: expected an unused DLPack capsule"),
 }
-
-
-class _Failing(Producer):
-    def __init__(self, array: np.ndarray, error: BaseException | None) -> None:
-        super().__init__(array)
-        self.error = error
-
-    def __dlpack__(self, **options: Any) -> Any:
-        if self.error is not None:
-            raise self.error
-        return "no capsule"
-
-
-class _Lying(Producer):
-    """Says CPU, and hands out another device's memory."""
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-
-class _Twice(Producer):
-    """Hands out a capsule that somebody else has opened already."""
-
-    def __dlpack__(self, **options: Any) -> Any:
-        super().__dlpack__()
-        torch.from_dlpack(_Once(self.capsule))
-        return self.capsule
-
-
-class _Once:
-    def __init__(self, capsule: Any) -> None:
-        self.capsule = capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.capsule
 
 
 _NEGATIVE = np.array([1, 4, -7, 8], np.int64)
@@ -219,11 +181,11 @@ def test_refuses_with_outputs_untouched(rng: np.random.Generator, name: str) -> 
 def test_the_producers_own_error_is_the_cause(rng: np.random.Generator) -> None:
     inputs = arrays(rng)
     with pytest.raises(BufferError) as caught:
-        run(_Failing(inputs[0], RuntimeError("gone")), *inputs[1:], *outputs())
+        run(Failing(inputs[0], RuntimeError("gone")), *inputs[1:], *outputs())
     assert isinstance(caught.value.__cause__, RuntimeError)
     for error in (KeyboardInterrupt(), MemoryError()):
         with pytest.raises(type(error)):
-            run(_Failing(inputs[0], error), *inputs[1:], *outputs())
+            run(Failing(inputs[0], error), *inputs[1:], *outputs())
 
 
 @pytest.mark.parametrize(
