@@ -70,9 +70,7 @@ def sf_attention(
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(query, torch.Tensor):
         torch_ops = _torch_ops or _load_torch_ops()
-        pair = torch_ops.sf_attention(
-            query, key, value, pattern, scale=scale, cu_seqlens=cu_seqlens, padding_mask=padding_mask
-        )
+        pair = torch_ops.attend(query, key, value, pattern, scale, cu_seqlens, padding_mask, None)
         return pair if return_lse else pair[0]
     read = _read_numpy if isinstance(query, np.ndarray) else _read_dlpack
     pair = _numpy_attention(

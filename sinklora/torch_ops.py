@@ -8,7 +8,7 @@ operator with an autograd kernel of its own costs several microseconds more at e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .pattern import SFPattern
 
 _Settings = tuple[int, int, int, float, bool, float]  # as SFPattern.settings, and the scale
 
+_FORWARD_NAMES = ("query", "key", "value", "cu_seqlens", "padding_mask", "position_ids")
+_BACKWARD_NAMES = ("grad_output", "query", "key", "value", "output", "lse", *_FORWARD_NAMES[3:])
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? padding_mask, Tensor? position_ids"
 _SETTINGS = "int group_size, int shift, int num_sink_tokens, float shifted_fraction, bool causal, float scale"
 
@@ -50,14 +52,26 @@ def sf_attention(
     N): a sequence starts at token 0 and wherever a position is not greater than the one before. The kernel
     finds the starts itself; nothing is read on the host.
     """
+    return attend(query, key, value, pattern, scale, cu_seqlens, padding_mask, position_ids)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: SFPattern,
+    scale: float | None,
+    cu_seqlens: Tensor | None,
+    padding_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``sf_attention`` by position only: on a small input, keywords would show in the time of a call."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         _refuse_kind(query=query, key=key, value=value)
     if type(pattern) is not SFPattern:
         check_pattern(pattern)
     if cu_seqlens is not None or padding_mask is not None or position_ids is not None:
-        _check_sequences(query, cu_seqlens=cu_seqlens, padding_mask=padding_mask, position_ids=position_ids)
-    if not (query.is_cpu and key.is_cpu and value.is_cpu):
-        _check_devices(query, key=key, value=value)
+        _check_sequences(cu_seqlens=cu_seqlens, padding_mask=padding_mask, position_ids=position_ids)
     if scale is None:
         # Wrong ranks and D = 0 are the kernel's to refuse; here they only must not fail first.
         shape = query.shape
@@ -73,10 +87,10 @@ def sf_attention(
             key = key.view_as(key)
         if value is query or value is key:
             value = value.view_as(value)
-        attend: Callable[..., tuple[Tensor, Tensor]] = _SFAttention.apply
+        run: Callable[..., tuple[Tensor, Tensor]] = _SFAttention.apply
     else:
-        attend = _forward_op
-    return attend(query, key, value, cu_seqlens, padding_mask, position_ids, *settings)
+        run = _forward_op
+    return run(query, key, value, cu_seqlens, padding_mask, position_ids, *settings)
 
 
 def _static(settings: _Settings) -> _Settings:
@@ -100,20 +114,16 @@ def _refuse_kind(**tensors: object) -> None:
             raise TypeError(f"{name}: expected a torch tensor, as query is, got {type(tensor)!r}")
 
 
-def _check_sequences(query: Tensor, **tensors: Tensor | None) -> None:
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    _refuse_kind(**given)
-    _check_devices(query, **given)
+def _check_sequences(**tensors: Tensor | None) -> None:
+    _refuse_kind(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
-def _check_devices(query: Tensor, **others: Tensor) -> None:
-    if query.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(
-            f"query: this build computes on CPU tensors only, got device {query.device}"
-        )
-    for name, tensor in others.items():
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: expected query's device {query.device}, got {tensor.device}")
+def _check_devices(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+    """ValueError unless all tensors are on query's device."""
+    device = tensors[names.index("query")].device
+    for name, tensor in zip(names, tensors, strict=False):
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"{name}: expected query's device {device}, got {tensor.device}")
 
 
 def _check_rank(name: str, tensor: Tensor) -> None:
@@ -146,7 +156,8 @@ def _allocate(num_bytes: int) -> Tensor:
 
 def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """rest: cu_seqlens, padding_mask, position_ids and the settings, as the schema has them."""
-    _check_rank("query", query)
+    if query.dim() != 4:
+        _check_rank("query", query)
     # A small call is bound by these lines: no helper functions, and strides are asked for only where the
     # kernel refuses them.
     batch, heads, tokens, dim = query.shape
@@ -189,22 +200,35 @@ def _backward_cpu(
     return grads
 
 
-def _forward_fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    _check_devices(_FORWARD_NAMES, args)
+    query = args[0]
     _check_rank("query", query)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    return _empty_rows(query), lse
+    return _empty_rows(query), torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
 
 
-def _backward_fake(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_rows(query), _empty_rows(key), _empty_rows(value)
+def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(_BACKWARD_NAMES, args)
+    return _empty_rows(args[1]), _empty_rows(args[2]), _empty_rows(args[3])
 
 
-torch.library.impl("sinklora::sf_attention", "cpu", _forward_cpu)
-torch.library.impl("sinklora::sf_attention_backward", "cpu", _backward_cpu)
-torch.library.register_fake("sinklora::sf_attention", _forward_fake)
-torch.library.register_fake("sinklora::sf_attention_backward", _backward_fake)
+def _forward_elsewhere(*args: Any) -> NoReturn:
+    _check_devices(_FORWARD_NAMES, args)
+    raise NotImplementedError(f"query: this build computes on CPU tensors only, got device {args[0].device}")
+
+
+def _backward_elsewhere(*args: Any) -> NoReturn:
+    _check_devices(_BACKWARD_NAMES, args)
+    raise NotImplementedError(f"query: this build computes on CPU tensors only, got device {args[1].device}")
+
+
+for _name, _cpu, _fake, _elsewhere in (
+    ("sinklora::sf_attention", _forward_cpu, _forward_fake, _forward_elsewhere),
+    ("sinklora::sf_attention_backward", _backward_cpu, _backward_fake, _backward_elsewhere),
+):
+    torch.library.impl(_name, "cpu", _cpu)
+    torch.library.impl(_name, ("cuda", "mps", "xpu"), _elsewhere)
+    torch.library.register_fake(_name, _fake)
 
 _forward_op = torch.ops.sinklora.sf_attention.default
 _backward_op = torch.ops.sinklora.sf_attention_backward.default

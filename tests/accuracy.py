@@ -1,7 +1,7 @@
-"""The accuracy rule (flash-attention's own): how far from float64 a result may be, and how a miss is reported.
+"""The accuracy rule (flash-attention's own): how far from float64 a result may be, and how misses look.
 
-The yardstick is the plain masked softmax in the input dtype, every step of it: a kernel may have at most twice its
-largest error, plus 1e-5. The log-sum-exp must be within 2e-5 (1 + |lse|).
+The yardstick is the plain masked softmax in the input dtype, every step of it: a kernel may have at most
+twice its largest error, plus 1e-5. The log-sum-exp must be within 2e-5 (1 + |lse|).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def as_numpy(array: Any) -> np.ndarray:
 
 
 def assert_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0, name: str = "result") -> None:
-    """|actual - expected| <= atol + rtol |expected|; equal infinities and NaNs agree. Prints the worst coordinate."""
+    """|actual - expected| <= atol + rtol |expected|; equal infinities and NaNs agree."""
     a, e = as_numpy(actual), as_numpy(expected)
     assert a.shape == e.shape, f"{name}: shape {a.shape}, expected {e.shape}"
     if a.size == 0:
@@ -48,8 +48,9 @@ def assert_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0, nam
     if excess[worst] > 0:
         where = tuple(int(i) for i in worst)
         raise AssertionError(
-            f"{name}: at {where} got {a[worst]!r}, expected {e[worst]!r}, error {abs(a[worst] - e[worst]):.3g}, "
-            f"allowed {atol + rtol * abs(e[worst]):.3g}; {int((excess > 0).sum())} of {excess.size} elements miss"
+            f"{name}: at {where} got {a[worst]!r}, expected {e[worst]!r}, "
+            f"error {abs(a[worst] - e[worst]):.3g}, allowed {atol + rtol * abs(e[worst]):.3g}; "
+            f"{int((excess > 0).sum())} of {excess.size} elements miss"
         )
 
 
@@ -128,7 +129,7 @@ def kernel(
 
 
 def assert_within_rule(actual: Result, want: Result, yardstick: Result, where: str = "") -> None:
-    """Applies the rule to output, lse and the three gradients; want is float64, yardstick the plain computation."""
+    """Applies the rule to output, lse and gradients; want is float64, yardstick the plain computation."""
     for name in NAMES:
         expected = getattr(want, name)
         error = (getattr(yardstick, name).double() - expected).abs()

@@ -6,6 +6,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
+import torch
 
 CODES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "int32": (0, 32), "bool": (6, 8)}
 
@@ -110,4 +111,42 @@ class Producer:
         name = b"dltensor" if self.legacy else b"dltensor_versioned"
         # No destructor: a capsule that nobody opened would show as a missing call of the deleter.
         self.capsule = _new_capsule(ctypes.addressof(self._managed), name, None)
+        return self.capsule
+
+
+class Failing(Producer):
+    def __init__(self, array: np.ndarray, error: BaseException | None) -> None:
+        super().__init__(array)
+        self.error = error
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        return "no capsule"
+
+
+class Lying(Producer):
+    """Says CPU, and hands out another device's memory."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+class Twice(Producer):
+    """Hands out a capsule that somebody else has opened already."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        super().__dlpack__()
+        torch.from_dlpack(Once(self.capsule))
+        return self.capsule
+
+
+class Once:
+    def __init__(self, capsule: Any) -> None:
+        self.capsule = capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+    def __dlpack__(self, **options: Any) -> Any:
         return self.capsule

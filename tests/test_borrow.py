@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from producers import Producer
+from producers import Failing, Lying, Producer, Twice
 
 from sinklora import _C, SFPattern
 
@@ -25,8 +25,10 @@ def scratch(num_bytes: int) -> np.ndarray:
     return np.empty(num_bytes, np.uint8)
 
 
-def run(query: Any, key: Any, value: Any, output: Any, lse: Any, allocate: Any = scratch) -> None:
-    _C.attention_forward(query, key, value, output, lse, None, None, None, *SETTINGS, allocate)
+def run(
+    query: Any, key: Any, value: Any, output: Any, lse: Any, allocate: Any = scratch, settings: Any = SETTINGS
+) -> None:
+    _C.attention_forward(query, key, value, output, lse, None, None, None, *settings, allocate)
 
 
 def arrays(rng: np.random.Generator, dtype: Any = np.float32) -> list[np.ndarray]:
@@ -144,53 +146,15 @@ REFUSED: dict[str, tuple[Callable[[np.ndarray], Any], type[Exception], str]] = {
     "null, offset": (lambda x: Producer(x, data=0, byte_offset=64), BufferError, "NULL pointer"),
     "version 2": (lambda x: Producer(x, major=2), BufferError, "query: expected DLPack version 1, got 2"),
     "cuda": (lambda x: Producer(x, device_type=2), NotImplementedError, "query: .*device type 2"),
-    "vulkan capsule": (lambda x: _Lying(x, device_type=7), NotImplementedError, "query: .*device type 7"),
+    "vulkan capsule": (lambda x: Lying(x, device_type=7), NotImplementedError, "query: .*device type 7"),
     "used capsule": (
-        lambda x: _Twice(x, legacy=False),
+        lambda x: Twice(x, legacy=False),
         BufferError,
         "query: expected an unused DLPack capsule",
     ),
-    "failing": (lambda x: _Failing(x, RuntimeError("gone")), BufferError, "query: .*exchanged: gone"),
-    "no capsule": (lambda x: _Failing(x, None), BufferError, "query: expected an unused DLPack capsule"),
+    "failing": (lambda x: Failing(x, RuntimeError("gone")), BufferError, "query: .*exchanged: gone"),
+    "no capsule": (lambda x: Failing(x, None), BufferError, "query: expected an unused DLPack capsule"),
 }
-
-
-class _Failing(Producer):
-    def __init__(self, array: np.ndarray, error: BaseException | None) -> None:
-        super().__init__(array)
-        self.error = error
-
-    def __dlpack__(self, **options: Any) -> Any:
-        if self.error is not None:
-            raise self.error
-        return "no capsule"
-
-
-class _Lying(Producer):
-    """Says CPU, and hands out another device's memory."""
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-
-class _Twice(Producer):
-    """Hands out a capsule that somebody else has opened already."""
-
-    def __dlpack__(self, **options: Any) -> Any:
-        super().__dlpack__()
-        torch.from_dlpack(_Once(self.capsule))
-        return self.capsule
-
-
-class _Once:
-    def __init__(self, capsule: Any) -> None:
-        self.capsule = capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.capsule
 
 
 _NEGATIVE = np.array([1, 4, -7, 8], np.int64)
@@ -217,11 +181,11 @@ def test_refuses_with_outputs_untouched(rng: np.random.Generator, name: str) -> 
 def test_the_producers_own_error_is_the_cause(rng: np.random.Generator) -> None:
     inputs = arrays(rng)
     with pytest.raises(BufferError) as caught:
-        run(_Failing(inputs[0], RuntimeError("gone")), *inputs[1:], *outputs())
+        run(Failing(inputs[0], RuntimeError("gone")), *inputs[1:], *outputs())
     assert isinstance(caught.value.__cause__, RuntimeError)
     for error in (KeyboardInterrupt(), MemoryError()):
         with pytest.raises(type(error)):
-            run(_Failing(inputs[0], error), *inputs[1:], *outputs())
+            run(Failing(inputs[0], error), *inputs[1:], *outputs())
 
 
 @pytest.mark.parametrize(
@@ -266,13 +230,14 @@ def test_a_type_with_a_foreign_exchange_table_uses_its_capsules(rng: np.random.G
 def test_refuses_short_scratch_memory(rng: np.random.Generator, size: int) -> None:
     shape = (1, 8, 512, 128)  # large enough to need more than the binding keeps on its stack
     query = rng.standard_normal(shape).astype(np.float32)
+    settings = (*SFPattern(512).settings, 0.25, 1)
     output, lse = np.full(shape, 7, np.float32), np.full(shape[:3], 7, np.float32)
     wrong: list[Any] = [np.empty(size, np.uint8), np.empty(2**24, np.int8), np.empty((2, 2**24), np.uint8), 3]
     for memory in wrong:
         with pytest.raises((ValueError, TypeError), match="allocate: "):
-            run(query, query, query, output, lse, lambda _, memory=memory: memory)
+            run(query, query, query, output, lse, lambda _, memory=memory: memory, settings)
     with pytest.raises(ZeroDivisionError):
-        run(query, query, query, output, lse, lambda n: n // 0)
+        run(query, query, query, output, lse, lambda n: n // 0, settings)
     assert (output == 7).all()
 
 
@@ -305,16 +270,15 @@ def test_no_leak_with_or_without_errors(rng: np.random.Generator, way: str) -> N
 
 
 def test_the_gil_is_released_around_compute(rng: np.random.Generator) -> None:
-    shape = (1, 4, 2048, 64)
+    shape = (1, 4, 6000, 64)
     query = rng.standard_normal(shape).astype(np.float32)
+    settings = (*SFPattern(6000, 0).settings, 0.1, 1)
+    output, lse = np.empty(shape, np.float32), np.empty(shape[:3], np.float32)
     span: list[float] = []
 
     def work() -> None:
-        output, lse = np.empty(shape, np.float32), np.empty(shape[:3], np.float32)
-        settings = (*SFPattern(2048, 0).settings, 0.1, 1)
         span.append(time.perf_counter())
-        for _ in range(3):
-            _C.attention_forward(query, query, query, output, lse, None, None, None, *settings, scratch)
+        run(query, query, query, output, lse, scratch, settings)
         span.append(time.perf_counter())
 
     thread = threading.Thread(target=work)
@@ -326,4 +290,4 @@ def test_the_gil_is_released_around_compute(rng: np.random.Generator) -> None:
     thread.join()
     inside = [t for t in ticks if span[0] < t < span[1]]
     longest = max(np.diff([span[0], *inside, span[1]]))
-    assert longest < 0.5 * (span[1] - span[0]), f"{len(inside)} ticks, longest gap {longest:.3f} s of {span}"
+    assert longest < 0.7 * (span[1] - span[0]), f"{len(inside)} ticks, longest gap {longest:.3f} s of {span}"

@@ -5,8 +5,6 @@ Outputs stay as they were. Once at the kernel's door for both directions, once a
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -315,27 +313,3 @@ def test_wrong_number_of_arguments() -> None:
 def test_other_functions(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-def test_an_unknown_cpu_level_imports_and_says_so_at_the_first_call() -> None:
-    code = """
-import numpy, sinklora
-x = numpy.ones((1, 1, 4, 8), "f4")
-for call in (sinklora.info, lambda: sinklora.sf_attention(x, x, x, sinklora.SFPattern(4))):
-    try:
-        call()
-    except ValueError as error:
-        print(error)
-sinklora._C.select_cpu_level("portable")
-print(sinklora.info()["cpu_level"], sinklora.sf_attention(x, x, x, sinklora.SFPattern(4)).sum())
-"""
-    env = {"SINKLORA_CPU": "mmx", "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
-    )
-    lines = done.stdout.splitlines()
-    assert lines[0] == lines[1]
-    assert "SINKLORA_CPU" in lines[0]
-    assert "portable" in lines[0]
-    assert "mmx" in lines[0]
-    assert lines[2] == "portable 32.0"
