@@ -34,6 +34,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 8},
     "GPTNeoX": {},
     "Phi3": {},
+    "Granite": {"attention_multiplier": 0.7},  # its scale is not 1 / sqrt(head_dim)
 }
 ARCHITECTURES = tuple(_MORE)
 
