@@ -40,7 +40,7 @@ _ELSEWHERE = 'model.set_attn_implementation("sdpa") or "eager" for this model'
 _said: dict[int, set[str]] = {}
 
 
-def sinklora_attention(  # noqa: PLR0917  (transformers' signature)
+def sinklora_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -73,7 +73,7 @@ def sinklora_attention(  # noqa: PLR0917  (transformers' signature)
     mask = attention_mask
     if causal and query.shape[2] == key.shape[2] and (mask is None or mask.ndim <= 2):
         rows = find_rows(mask, query.shape[2], kwargs)
-        # sliding_window is for kernels that mask by themselves: where it bites, the mask is dense, as for "sdpa".
+        # sliding_window is for kernels that mask by themselves: where it bites, the mask is dense here.
         if position_bias is None and _kernel_takes(query, key, value):
             return _run_kernel(module, query, key, value, _FULL, scaling, rows), None
         mask = dense_mask(rows, query.shape[2], query.device)
@@ -164,7 +164,7 @@ def _refuse_arguments(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _refuse_for_sf(  # noqa: PLR0917
+def _refuse_for_sf(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -230,7 +230,7 @@ def _kernel_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     )
 
 
-def _run_kernel(  # noqa: PLR0917
+def _run_kernel(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -80,7 +80,7 @@ def _sequences(
     return [torch.arange(lo, hi) for lo, hi in pairwise(starts)]
 
 
-def _dense_attention(  # noqa: PLR0917
+def _dense_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
