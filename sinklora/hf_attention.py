@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import torch_ops
 from .hf_masks import Rows, dense_mask, find_rows, padding_of_dense
-from .hf_settings import CONFIG_KEY, from_settings
+from .hf_settings import CONFIG_KEY, from_settings, watch_saving
 from .pattern import SFPattern
 
 logger = logging.getLogger("sinklora")
@@ -40,7 +40,7 @@ _ELSEWHERE = 'model.set_attn_implementation("sdpa") or "eager" for this model'
 _said: dict[int, set[str]] = {}
 
 
-def sinklora_attention(  # noqa: PLR0917  (transformers' signature)
+def sinklora_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -73,8 +73,8 @@ def sinklora_attention(  # noqa: PLR0917  (transformers' signature)
     mask = attention_mask
     if causal and query.shape[2] == key.shape[2] and (mask is None or mask.ndim <= 2):
         rows = find_rows(mask, query.shape[2], kwargs)
-        window_bites = sliding_window is not None and 0 < sliding_window < key.shape[2]
-        if position_bias is None and not window_bites and _kernel_takes(query, key, value):
+        # sliding_window is for kernels that mask by themselves: where it bites, the mask is dense here.
+        if position_bias is None and _kernel_takes(query, key, value):
             return _run_kernel(module, query, key, value, _FULL, scaling, rows), None
         mask = dense_mask(rows, query.shape[2], query.device)
     elif causal and kwargs.get("cu_seq_lens_q") is not None:
@@ -101,6 +101,7 @@ def settings_of(config: Any) -> tuple[SFPattern, str]:
     settings = getattr(config, CONFIG_KEY, None)
     found = _DEFAULT if settings is None else from_settings(settings)
     if not torch.compiler.is_compiling() and first_time(config, "active"):
+        watch_saving(import_peft=False)  # PEFT may have come after `register`, and `patch` was not called
         line = describe(*found, getattr(config, "num_attention_heads", None))
         if settings is None:
             logger.warning("the model's config carries no sinklora settings, using the defaults: %s", line)
@@ -163,7 +164,7 @@ def _refuse_arguments(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _refuse_for_sf(  # noqa: PLR0917
+def _refuse_for_sf(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -229,7 +230,7 @@ def _kernel_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     )
 
 
-def _run_kernel(  # noqa: PLR0917
+def _run_kernel(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

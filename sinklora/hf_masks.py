@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     position_ids: torch.Tensor | None = None  # int64 (B or 1, N)
 
 
-def sinklora_mask(  # noqa: PLR0917  (transformers' signature)
+def sinklora_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,

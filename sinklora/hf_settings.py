@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -50,26 +50,27 @@ def from_settings(settings: Any, source: str = "config.sinklora") -> tuple[SFPat
         )
     values = {key: value for key, value in settings.items() if key != "eval_attention"}
     if torch.compiler.is_compiling():
-        return cast(SFPattern, TracedPattern(values)), eval_attention
+        return TracedPattern(values), eval_attention
     try:
         return SFPattern.from_dict(values), eval_attention
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
 
 
-class TracedPattern:
+class TracedPattern(SFPattern):
     """What the operator reads of a pattern, where torch.compile traces: an SFPattern cannot be made there,
     because C code checks it, and the numbers may be symbols. The operator checks them whenever it runs."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         group_size, shift = values["group_size"], values.get("shift")
-        self._settings = (
+        settings = (
             group_size,
             group_size // 2 if shift is None else shift,
             values.get("num_sink_tokens", 4),
             values.get("shifted_fraction", 0.25),
             values.get("causal", True),
         )
+        object.__setattr__(self, "settings", settings)
 
 
 def read_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 8},
     "GPTNeoX": {},
     "Phi3": {},
+    "Granite": {"attention_multiplier": 0.7},  # its scale is not 1 / sqrt(head_dim)
 }
 ARCHITECTURES = tuple(_MORE)
 
@@ -79,7 +80,7 @@ def _sequences(
     return [torch.arange(lo, hi) for lo, hi in pairwise(starts)]
 
 
-def _dense_attention(  # noqa: PLR0917
+def _dense_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -72,14 +72,12 @@ def test_compile_without_graph_breaks(training: bool, rows: str) -> None:
 def test_compile_with_dynamic_shapes() -> None:
     """Then the numbers in the config are symbols too."""
     torch.compiler.reset()
-    model = sinklora.patch(tiny(num_hidden_layers=1), PATTERN)
+    model = sinklora.patch(tiny(num_hidden_layers=1), PATTERN).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for training in (False, True):
-        model.train(training)
-        for n in (N, 33):
-            with torch.no_grad():
-                found, expected = (f(tokens(2, n), use_cache=False).logits for f in (compiled, model))
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    for n in (N, 33):
+        with torch.no_grad():
+            found, expected = (f(tokens(2, n), use_cache=False).logits for f in (compiled, model))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_compile_follows_new_settings() -> None:
@@ -135,8 +133,9 @@ def test_every_adapter_gets_the_settings(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "part", selected_adapters=["other"])
     assert not (tmp_path / "part" / "sinklora.json").exists()
     assert sinklora.patch(tiny(), tmp_path / "part" / "other").config.sinklora == model.config.sinklora
-    model.save_pretrained(tmp_path / "rank1", is_main_process=False)
-    assert not (tmp_path / "rank1" / "sinklora.json").exists()
+    (tmp_path / "sinklora.json").unlink()
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "sinklora.json").exists()
 
 
 def test_adapter_of_transformers_itself(tmp_path: Path) -> None:
