@@ -45,7 +45,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
-        group_size, shift, sinks, fraction, causal = self.pattern.resolve()
+        group_size, shift, sinks, fraction, causal = self.pattern.settings
         sizes = f"B{self.batch}-H{self.heads}_{self.kv_heads}-N{self.tokens}-D{self.dim}"
         options = "".join(f"-{name}" for name in self.options)
         return f"{sizes}-G{group_size}-shift{shift}-s{sinks}-f{fraction}{'' if causal else '-full'}{options}"
