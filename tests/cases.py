@@ -76,7 +76,7 @@ SHAPES = (
     case((1, 4, 4, 1, 8), 1),
     case((1, 4, 4, 1, 64), 2048),
     case((2, 4, 4, 7, 8), 1, sinks=0),
-    case((2, 4, 4, 7, 16), 3, sinks=1, fraction=0.5),
+    case((4, 4, 4, 7, 16), 3, sinks=1, fraction=0.5),
     case((1, 4, 4, 63, 64), 1000),
     case((1, 4, 4, 65, 64), 16, sinks=0),
     case((1, 2, 2, 257, 64), 64, fraction=0.5),
@@ -110,7 +110,7 @@ SHAPES = (
     case((1, 4, 2, 65, 16), 16, causal=False),
     case((1, 2, 2, 130, 40), 32, sinks=0, fraction=0.5, causal=False),
     case((1, 2, 1, 130, 16), 20, sinks=65, fraction=0.5, causal=False),
-    case((1, 2, 2, 63, 16), 1, sinks=1, fraction=0.5, causal=False),
+    case((4, 2, 2, 63, 16), 1, sinks=1, fraction=0.5, causal=False),
     case((1, 2, 2, 33, 16), 8, sinks=1000, fraction=0.5, causal=False),
     case((2, 4, 4, 65, 32), 1000, causal=False),
     # Scales.

@@ -7,7 +7,7 @@
 #include <inttypes.h>
 #include <string.h>
 
-enum { N_MAX = 48, N_ALL_RANGES = 32, N_ALL_TILES = 9 };
+enum { N_MAX = 48, N_ALL_RANGES = 20, N_ALL_TILES = 9 };
 
 // Bits lo .. hi-1.
 static uint64_t bits(int64_t lo, int64_t hi) {
@@ -123,10 +123,10 @@ static void check_tiles(const struct dense *d) {
     }
 }
 
-// group_span, first_query and pairs over one length.
+// group_span, group_at, group_count, first_query and pairs over one length.
 static void check_positions(const struct dense *d, int64_t n) {
     const struct sl_pattern *p = &d->pattern;
-    int64_t pairs = 0;
+    int64_t pairs = 0, n_group = 0;
     for (int64_t t = 0; t < n; t++) {
         int64_t lo = t, hi = t + 1, first = -1;
         while (lo > 0 && sl_pattern_group(p, d->shifted, lo - 1) == sl_pattern_group(p, d->shifted, t)) {
@@ -136,6 +136,9 @@ static void check_positions(const struct dense *d, int64_t n) {
             hi++;
         }
         const struct sl_range span = sl_pattern_group_span(p, d->shifted, t, n);
+        n_group += lo == t;
+        const struct sl_range same = sl_pattern_group_at(p, d->shifted, n_group - 1, n);
+        CHECK(same.lo == lo && same.hi == hi, CASE " group_at(%" PRId64 ")", CASE_OF(d, n), n_group - 1);
         CHECK(span.lo == lo && span.hi == hi, CASE " group_span(%" PRId64 ")", CASE_OF(d, n), t);
         for (int64_t q = hi; q-- > lo;) {
             first = d->queries_of[t] >> q & 1 ? q : first;
@@ -148,6 +151,7 @@ static void check_positions(const struct dense *d, int64_t n) {
             pairs++;
         }
     }
+    CHECK(sl_pattern_group_count(p, d->shifted, n) == n_group, CASE " group_count", CASE_OF(d, n));
     CHECK(sl_pattern_pairs(p, d->shifted, n) == pairs, CASE " pairs", CASE_OF(d, n));
 }
 
