@@ -65,6 +65,9 @@ INLINE vf v_select(vmask m, vf x, vf other) {
 
 // n <= VL elements at p as floats, zeros beyond.
 INLINE vf v_load_as(enum sl_dtype dtype, const void *p, int64_t n) {
+    if (dtype == SL_F32 && n == VL) {
+        return _mm512_loadu_ps(p);
+    }
     const __mmask16 m = (__mmask16)((1u << n) - 1);
     if (dtype == SL_F32) {
         return _mm512_maskz_loadu_ps(m, p);
@@ -76,6 +79,10 @@ INLINE vf v_load_as(enum sl_dtype dtype, const void *p, int64_t n) {
     return _mm512_cvtph_ps(half);
 }
 INLINE void v_store_as(enum sl_dtype dtype, void *p, vf x, int64_t n) {
+    if (dtype == SL_F32 && n == VL) {
+        _mm512_storeu_ps(p, x);
+        return;
+    }
     const __mmask16 m = (__mmask16)((1u << n) - 1);
     if (dtype == SL_F32) {
         _mm512_mask_storeu_ps(p, m, x);
