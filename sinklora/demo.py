@@ -114,7 +114,9 @@ class Demo:
         """The two baselines; the start model with interpolated positions is saved as the folder "base"."""
         settings = self.settings
         model = AutoModelForCausalLM.from_pretrained(self.folder / "start")
-        results.sliding = self.evaluate("sliding window", model, settings.start_context, results.sliding_stride)
+        results.sliding = self.evaluate(
+            "sliding window", model, settings.start_context, results.sliding_stride
+        )
         finetune.extend_positions(model, settings.context)
         for length in settings.lengths():
             results.scores["untrained", length] = self.evaluate("untrained", model, length)
@@ -122,7 +124,8 @@ class Demo:
         self.tokenizer.save_pretrained(self.folder / "base")
 
     def extend(self, name: str, pattern: Any) -> tuple[PeftModel, TrainingLog]:
-        """The start model, trained at the long context with one attention; the others see the same data in order."""
+        """The start model, trained at the long context with one attention; the others see the same data in
+        order."""
         settings = self.settings
         set_seed(settings.seed)
         model = AutoModelForCausalLM.from_pretrained(self.folder / "start")
@@ -139,7 +142,14 @@ class Demo:
         return prepared, log
 
     def train(
-        self, model: Any, description: str, *, steps: int, batch_size: int, block_length: int, **options: float
+        self,
+        model: Any,
+        description: str,
+        *,
+        steps: int,
+        batch_size: int,
+        block_length: int,
+        **options: float,
     ) -> TrainingLog:
         # Some more blocks than are trained on, so that the order is a shuffle of many files.
         needed = 2 * steps * batch_size * block_length
@@ -158,7 +168,8 @@ class Demo:
         )
 
     def evaluate(self, name: str, model: Any, window: int, stride: int | None = None) -> list[torch.Tensor]:
-        """Losses of the held-out files with full attention over a window; in eval mode a patched model does that."""
+        """Losses of the held-out files with full attention over a window; in eval mode a patched model does
+        that."""
         stride = stride or window // 2
         todo = windows([len(file) for file in self.validation], window, stride)
         advance = self.begin(f"score  {name} over {window} tokens", sum(w.end - w.begin for w in todo))
@@ -172,14 +183,16 @@ class Demo:
         """
         tokens = self.validation[0][None, : self.settings.context]
         expected = _logits(model, tokens)
-        adapter = self.folder / "adapter"
+        adapter = str(self.folder / "adapter")
         # The adapter belongs on interpolated positions, and "base" has them. It holds the embeddings already.
         model.peft_config["default"].base_model_name_or_path = str(self.final_folder / "base")
         model.save_pretrained(adapter, save_embedding_layers=False)
 
-        reloaded = AutoModelForCausalLM.from_pretrained(self.folder / "base")
-        reloaded = patch(PeftModel.from_pretrained(reloaded, adapter), adapter)
-        for mode, before, after in zip(("eval", "training"), expected, _logits(reloaded, tokens), strict=True):
+        base = AutoModelForCausalLM.from_pretrained(self.folder / "base")
+        reloaded = patch(PeftModel.from_pretrained(base, adapter), adapter)
+        for mode, before, after in zip(
+            ("eval", "training"), expected, _logits(reloaded, tokens), strict=True
+        ):
             if not torch.equal(before, after):
                 raise RuntimeError(f"adapter: the reloaded model's logits differ in {mode} mode")
 
@@ -191,12 +204,13 @@ class Demo:
             raise RuntimeError("model: the merged model's logits differ from the adapter's")
 
     def sample(self) -> tuple[str, str]:
-        """(end of a held-out prompt longer than the start model's context, what the saved model continues it with)."""
+        """(end of a held-out prompt longer than the start model's context, what the saved model continues it
+        with)."""
         settings = self.settings
         if not settings.sample_tokens:
             return "", ""
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        model = AutoModelForCausalLM.from_pretrained(self.folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.folder)
         room = max(settings.context - settings.sample_tokens, settings.context // 2)
         prompt = self.validation[0][None, :room]
         advance = self.begin("sample", 1)

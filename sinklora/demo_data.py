@@ -14,13 +14,25 @@ from torch.utils.data import Dataset
 
 # Left out: what others installed, tests, tables, and programs generated or bundled from elsewhere.
 SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages __pycache__ test tests idle_test encodings pydoc_data lib2to3 turtledemo "
-    "ensurepip _pyrepl".split()
+    {
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+        "pydoc_data",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+    }
 )
 
 
 def library_files(folder: str | os.PathLike[str] | None = None) -> list[Path]:
-    """The .py files of the running Python's standard library (or of folder), in an order that no machine changes.
+    """The .py files of the running Python's standard library (or of folder), in an order that no machine
+    changes.
 
     Raises:
         ValueError: there are none (a Python that is installed without its sources).
@@ -31,12 +43,15 @@ def library_files(folder: str | os.PathLike[str] | None = None) -> list[Path]:
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
         files += [Path(parent, name) for name in names if name.endswith(".py")]
     if not files:
-        raise ValueError(f"text: expected Python sources (*.py) under {root}, found none; give a folder of them")
+        raise ValueError(
+            f"text: expected Python sources (*.py) under {root}, found none; give a folder of them"
+        )
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def read_texts(files: Iterable[Path], min_bytes: int) -> list[str]:
-    """The UTF-8 texts of at least min_bytes bytes; each text once, so that no copy is on both sides of a split."""
+    """The UTF-8 texts of at least min_bytes bytes; each text once, so that no copy is on both sides of a
+    split."""
     texts: dict[str, None] = {}
     for path in files:
         content = path.read_bytes()
@@ -56,8 +71,8 @@ def split_by_file(texts: Sequence[str], num_validation: int, seed: int) -> tuple
     """
     if not 0 < num_validation < len(texts):
         raise ValueError(
-            f"validation_files: expected from 1 to {len(texts) - 1} (there are {len(texts)} files that are long "
-            f"enough), got {num_validation}"
+            f"validation_files: expected from 1 to {len(texts) - 1} (so many files are "
+            f"long enough, less one), got {num_validation}"
         )
     shuffled = list(texts)
     random.Random(seed).shuffle(shuffled)
@@ -67,15 +82,18 @@ def split_by_file(texts: Sequence[str], num_validation: int, seed: int) -> tuple
 class Blocks(Dataset[dict[str, Any]]):
     """Texts cut into blocks of length tokens, as a causal language model is trained on them.
 
-    A block never crosses a file, and what is left at a file's end is dropped. The items are what Trainer's default
-    collator takes: input_ids and labels, int64 (length,).
+    A block never crosses a file, and what is left at a file's end is dropped. The items are what Trainer's
+    default collator takes: input_ids and labels, int64 (length,).
 
     Args:
         tokenizer: any tokenizer of transformers.
-        max_tokens: stop reading texts once so many tokens are there; reading more than is trained on costs start-up.
+        max_tokens: stop reading texts once so many tokens are there; reading more than is trained on costs
+            start-up.
     """
 
-    def __init__(self, texts: Iterable[str], tokenizer: Any, length: int, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, texts: Iterable[str], tokenizer: Any, length: int, max_tokens: int | None = None
+    ) -> None:
         rows: list[torch.Tensor] = []
         for text in texts:
             if max_tokens is not None and len(rows) * length >= max_tokens:

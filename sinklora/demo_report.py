@@ -25,9 +25,10 @@ Losses = list[torch.Tensor]
 class Row:
     """One line of the table.
 
-    perplexities: by window length. share: of full attention's improvement in perplexity over the sliding window, at
-    the longest window; None where full attention does not improve or nothing was trained. above_full: nats per byte
-    above full attention there, and its 95 % interval over files. tokens_per_second: of training.
+    perplexities: by window length. share: of full attention's improvement in perplexity over the sliding
+    window, at the longest window; None where full attention does not improve or nothing was trained.
+    above_full: nats per byte above full attention there, and its 95 % interval over files. tokens_per_second:
+    of training.
     """
 
     name: str
@@ -56,7 +57,10 @@ class Results:
         sliding = perplexity(self.sliding)
         rows = [
             Row("start, interpolated, untrained", self._perplexities("untrained")),
-            Row(f"start, sliding {settings.start_context}-token window", dict.fromkeys(settings.lengths(), sliding)),
+            Row(
+                f"start, sliding {settings.start_context}-token window",
+                dict.fromkeys(settings.lengths(), sliding),
+            ),
         ]
         full = self.scores["full", longest]
         for name in settings.patterns():
@@ -87,18 +91,21 @@ class Results:
         """What the table's columns mean, one line each."""
         settings, longest = self.settings, self.settings.lengths()[-1]
         tokens = sum(len(losses) for losses in self.sliding)
+        window = f"sliding {settings.start_context}-token window"
         return [
-            f"ppl N: perplexity per byte with full attention over windows of N tokens (stride N/2; the sliding window's "
-            f"is {self.sliding_stride}); {tokens} bytes of {settings.validation_files} files never trained on.",
-            f"share: of full attention's improvement in perplexity over the sliding {settings.start_context}-token "
-            f'window, at {longest} tokens; "none" where full attention does not improve on it.',
-            f"nats above full: per byte at {longest} tokens, with its 95 % bootstrap interval over files.",
+            "ppl N: perplexity per byte with full attention over windows of N tokens, each moved by N/2; the "
+            f"{window} is moved by {self.sliding_stride}.",
+            f"Scored: {tokens} bytes of {settings.validation_files} files that no model was trained on.",
+            f"share: of full attention's improvement in perplexity over the {window}, at {longest} tokens; "
+            '"none" where full attention does not improve on it.',
+            f"nats above full: per byte at {longest} tokens; low, high: 95 % bootstrap interval over files.",
             "tokens/s: of training, on this machine.",
         ]
 
 
 def cell_texts(row: Row) -> list[str]:
-    """A row as it is shown: numbers rounded, "none" for a share that does not exist, "-" for what does not apply."""
+    """A row as it is shown: numbers rounded, "none" for a share that does not exist, "-" for what does not
+    apply."""
     trained = row.tokens_per_second is not None
     share = "-" if not trained else "none" if row.share is None else f"{100 * row.share:.0f} %"
     above = ["-"] * 3 if row.above_full is None else [f"{value:+.4f}" for value in row.above_full]
@@ -155,7 +162,11 @@ def _as_json(results: Results, rows: list[Row]) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "peft": peft.__version__,
         },
-        "machine": {"processor": platform.machine(), "num_threads": torch.get_num_threads(), **_plain(info())},
+        "machine": {
+            "processor": platform.machine(),
+            "num_threads": torch.get_num_threads(),
+            **_plain(info()),
+        },
     }
 
 

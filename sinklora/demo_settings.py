@@ -11,9 +11,9 @@ from .pattern import SFPattern
 class DemoSettings:
     """Sizes of the demo; the defaults end in five minutes on two cores.
 
-    The start model is trained from scratch at start_context tokens, then extended to context tokens. Steps are
-    optimiser steps of a batch of as many blocks of the context's length. validation_tokens are scored of each of
-    validation_files held-out files; sample_tokens are generated at the end.
+    The start model is trained from scratch at start_context tokens, then extended to context tokens. Steps
+    are optimiser steps of a batch of as many blocks of the context's length. validation_tokens are scored of
+    each of validation_files held-out files; sample_tokens are generated at the end.
     """
 
     seed: int = 0
@@ -44,7 +44,9 @@ class DemoSettings:
             if not value > 0:
                 raise ValueError(f"{field.name}: expected a positive number, got {value}")
         if self.seed < 0 or self.sample_tokens < 0:
-            raise ValueError(f"seed, sample_tokens: expected at least 0, got {self.seed}, {self.sample_tokens}")
+            raise ValueError(
+                f"seed, sample_tokens: expected at least 0, got {self.seed}, {self.sample_tokens}"
+            )
         if self.start_context < 8:
             raise ValueError(f"start_context: expected at least 8 tokens, got {self.start_context}")
         if self.context <= self.start_context:
@@ -57,7 +59,8 @@ class DemoSettings:
             )
         if self.hidden_size % (8 * self.num_heads):
             raise ValueError(
-                f"hidden_size: expected a multiple of 8 * num_heads = {8 * self.num_heads}, got {self.hidden_size}"
+                f"hidden_size: expected a multiple of 8 * num_heads = {8 * self.num_heads}, "
+                f"got {self.hidden_size}"
             )
         self.patterns()
 
@@ -81,5 +84,6 @@ class DemoSettings:
         return [*found, self.context]
 
 
-# What --quick changes: less training and fewer files, so the numbers say little; it shows that everything runs.
+# What --quick changes: less training and fewer files, so the numbers say little; it shows that everything
+# runs.
 QUICK = {"start_steps": 120, "extend_steps": 30, "validation_files": 6, "sample_tokens": 80}

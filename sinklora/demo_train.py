@@ -80,7 +80,8 @@ def train(
     seed: int,
     on_step: Callable[[], None],
 ) -> TrainingLog:
-    """Trains a model of transformers or PEFT in place on the CPU; the same seed gives the same order of the data."""
+    """Trains a model of transformers or PEFT in place on the CPU; the same seed gives the same order of the
+    data."""
     watch = StepWatch(on_step)
     with tempfile.TemporaryDirectory(prefix="sinklora-trainer-") as scratch:
         arguments = TrainingArguments(

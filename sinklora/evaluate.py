@@ -12,7 +12,8 @@ import torch
 
 
 class Window(NamedTuple):
-    """Tokens [begin, end) of a file; the tokens from first_target on are predicted from what precedes them here."""
+    """Tokens [begin, end) of a file; the tokens from first_target on are predicted from what precedes them
+    here."""
 
     file: int
     begin: int
@@ -21,10 +22,11 @@ class Window(NamedTuple):
 
 
 def windows(lengths: Sequence[int], window: int, stride: int) -> list[Window]:
-    """Windows that predict every token of every file but its first once, each from as much text as the stride leaves.
+    """Windows that predict every token of every file but its first once, each from as much text as the stride
+    leaves.
 
-    A token that is far enough from its file's start sees from window - stride to window - 1 tokens before it; a token
-    near the start sees all there is.
+    A token that is far enough from its file's start sees from window - stride to window - 1 tokens before it;
+    a token near the start sees all there is.
 
     Args:
         lengths: tokens of each file.
@@ -56,10 +58,11 @@ def file_losses(
     tokens_per_batch: int = 8192,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[torch.Tensor]:
-    """Negative log-likelihood in nats of every token but the first: float32 (T - 1,) for each int64 (T,) file.
+    """Negative log-likelihood in nats of every token but the first: float32 (T - 1,) for each int64 (T,)
+    file.
 
-    The model is a causal language model of transformers; it runs in eval mode and is left in the mode it was in. With
-    a model that sinklora patched that means exact full attention.
+    The model is a causal language model of transformers; it runs in eval mode and is left in the mode it was
+    in. With a model that sinklora patched that means exact full attention.
 
     Args:
         tokens_per_batch: windows of one length are computed together, up to so many tokens.
@@ -113,8 +116,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Interval of the difference in nats per token, losses minus reference, by resampling files.
 
-    Files, not tokens, are drawn with replacement: tokens of one file are not independent. The same files are drawn on
-    both sides, so what makes a file hard for both cancels out.
+    Files, not tokens, are drawn with replacement: tokens of one file are not independent. The same files are
+    drawn on both sides, so what makes a file hard for both cancels out.
     """
     difference = np.array([float((a - b).double().sum()) for a, b in zip(losses, reference, strict=True)])
     tokens = np.array([len(a) for a in losses], dtype=np.float64)

@@ -10,7 +10,8 @@ class MissingExtraError(ImportError):
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raises MissingExtraError where one of the top-level modules cannot be found; none of them is imported."""
+    """Raises MissingExtraError where one of the top-level modules cannot be found; none of them is
+    imported."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(

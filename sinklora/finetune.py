@@ -1,4 +1,5 @@
-"""Prepares a model for training at a longer context: position interpolation, SF-Attn, LoRA, embeddings and norms."""
+"""Prepares a model for training at a longer context: position interpolation, SF-Attn, LoRA, embeddings and
+norms."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from .pattern import SFPattern
 
 logger = logging.getLogger("sinklora")
 
-# The projections of attention by their names in the model families, each tried as a whole: Llama, Mistral, Qwen and
-# most others; Phi-3; GPT-NeoX.
+# The projections of attention by their names in the model families, each tried as a whole: Llama, Mistral,
+# Qwen and most others; Phi-3; GPT-NeoX.
 ATTENTION_PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("qkv_proj", "o_proj"),
@@ -34,26 +35,30 @@ def prepare(
     lora_dropout: float = 0.0,
     train_embeddings_and_norms: bool = True,
 ) -> PeftModel:
-    """A PEFT model that is ready for transformers' Trainer at `context` tokens, as LongLoRA trains (arXiv 2309.12307).
+    """A PEFT model that is ready for transformers' Trainer at `context` tokens, as LongLoRA trains (arXiv
+    2309.12307).
 
-    Positions are interpolated, SF-Attn becomes the attention of training mode, and what is trained is LoRA on the
-    query, key, value and output projections, and by default the embeddings and norms. `model` is changed in place.
+    Positions are interpolated, SF-Attn becomes the attention of training mode, and what is trained is LoRA on
+    the query, key, value and output projections, and by default the embeddings and norms. `model` is changed
+    in place.
 
     Args:
         model: a causal language model of transformers with rotary positions, not yet a PEFT model.
-        context: tokens of the rows to train on. Above config.max_position_embeddings it becomes the config's new one.
-        pattern: the training attention; None is SF-Attn with groups of a quarter of the context, and "full" leaves
-            the model's own attention as it is.
-        rope: "linear" divides the positions by context / max_position_embeddings (Chen et al., arXiv 2306.15595), and
-            writes so into config.rope_parameters, so that a saved model needs no flag. None leaves positions as they
-            are. A context that the model already has changes nothing.
-        lora_rank, lora_alpha, lora_dropout: of the LoRA pairs; the update is scaled by lora_alpha / lora_rank.
-        train_embeddings_and_norms: train those too, whole; without them LoRA hardly extends a context. Embeddings
-            that are tied to the output layer stay tied.
+        context: tokens of the rows to train on. Above config.max_position_embeddings it becomes the config's
+            new one.
+        pattern: the training attention; None is SF-Attn with groups of a quarter of the context, and "full"
+            leaves the model's own attention as it is.
+        rope: "linear" divides the positions by context / max_position_embeddings (Chen et al., arXiv
+            2306.15595), and writes so into config.rope_parameters, so that a saved model needs no flag. None
+            leaves positions as they are. A context that the model already has changes nothing.
+        lora_rank, lora_alpha, lora_dropout: of the LoRA pairs; the update is scaled by lora_alpha /
+            lora_rank.
+        train_embeddings_and_norms: train those too, whole; without them LoRA hardly extends a context.
+            Embeddings that are tied to the output layer stay tied.
 
     Raises:
-        TypeError: not such a model. ValueError: a setting out of range. NotImplementedError: a model whose positions
-        scale already or cannot be interpolated, or whose projections have unknown names.
+        TypeError: not such a model. ValueError: a setting out of range. NotImplementedError: a model whose
+        positions scale already or cannot be interpolated, or whose projections have unknown names.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -87,11 +92,12 @@ def prepare(
 
 
 def extend_positions(model: PreTrainedModel, context: int, rope: str = "linear") -> float:
-    """Interpolates a model's rotary positions for a longer context, in place; returns the factor (1.0: nothing to do).
+    """Interpolates a model's rotary positions for a longer context, in place; returns the factor (1.0:
+    nothing to do).
 
     Raises:
-        ValueError: an unknown `rope`. NotImplementedError: positions that scale already, are not rotary, or do not
-        follow config.rope_parameters.
+        ValueError: an unknown `rope`. NotImplementedError: positions that scale already, are not rotary, or
+        do not follow config.rope_parameters.
     """
     if rope != "linear":
         raise ValueError(f'rope: expected "linear" or None, got {rope!r}')
@@ -111,11 +117,12 @@ def extend_positions(model: PreTrainedModel, context: int, rope: str = "linear")
         new = type(old)(config=extended).to(old.inv_freq.device)
         if not torch.allclose(new.inv_freq * factor, old.inv_freq):
             raise NotImplementedError(
-                f"rope: {type(old).__name__} does not follow config.rope_parameters, so its positions cannot be "
-                "interpolated here; use rope=None and extend them yourself"
+                f"rope: {type(old).__name__} does not follow config.rope_parameters, so its positions cannot "
+                "be interpolated here; use rope=None and extend them yourself"
             )
         rebuilt.append((parent, name, new))
-    # Nothing is changed before all could be. The config's two entries are what a saved model is built from again.
+    # Nothing is changed before all could be. The config's two entries are what a saved model is built from
+    # again.
     config.rope_parameters = extended.rope_parameters
     config.max_position_embeddings = context
     for parent, name, new in rebuilt:
@@ -126,7 +133,8 @@ def extend_positions(model: PreTrainedModel, context: int, rope: str = "linear")
 
 
 def _plain_rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
-    """The config's rope_parameters where they are those of ordinary rotary positions, else NotImplementedError."""
+    """The config's rope_parameters where they are those of ordinary rotary positions, else
+    NotImplementedError."""
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
         raise NotImplementedError(
@@ -134,13 +142,13 @@ def _plain_rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
         )
     if "rope_type" not in parameters:
         raise NotImplementedError(
-            f"rope: {config.model_type} has different positions in different layers ({', '.join(parameters)}); "
-            "one factor does not fit them"
+            f"rope: {config.model_type} has different positions in different layers "
+            f"({', '.join(parameters)}); one factor does not fit them"
         )
     if parameters["rope_type"] != "default":
         raise NotImplementedError(
-            f"rope: the model's positions already scale (rope_type {parameters['rope_type']!r}); start from a model "
-            'whose rope_type is "default", or pass rope=None to train with the positions it has'
+            f"rope: the model's positions already scale (rope_type {parameters['rope_type']!r}); start from "
+            'a model whose rope_type is "default", or pass rope=None to train with the positions it has'
         )
     return dict(parameters)
 
@@ -172,13 +180,18 @@ def _attention_projections(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _embeddings_and_norms(model: PreTrainedModel) -> list[str]:
-    """Last parts of the names of the input embedding and of all norms: PEFT matches modules by how names end."""
+    """Last parts of the names of the input embedding and of all norms: PEFT matches modules by how names
+    end."""
     embedding = model.get_input_embeddings()
     return sorted(
         {
             name.rpartition(".")[2]
             for name, child in model.named_modules()
-            if child is embedding or ("norm" in type(child).__name__.lower() and next(child.parameters(recurse=False), None) is not None)
+            if child is embedding
+            or (
+                "norm" in type(child).__name__.lower()
+                and next(child.parameters(recurse=False), None) is not None
+            )
         }
     )
 

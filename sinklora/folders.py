@@ -11,9 +11,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replaced_folder(target: str | os.PathLike[str], marker: str) -> Iterator[Path]:
-    """A new folder beside `target`; its entries are moved there at the end, and where an error came it is deleted.
+    """A new folder beside `target`; its entries are moved there at the end, and where an error came it is
+    deleted.
 
-    Entries of an earlier run are replaced; whatever else lies in target stays. `marker` is the entry that says that
+    Entries of an earlier run are replaced; whatever else lies in target stays. `marker` is the entry that
+    says that
     target holds such results: it is moved last.
 
     Raises:
@@ -24,8 +26,8 @@ def replaced_folder(target: str | os.PathLike[str], marker: str) -> Iterator[Pat
         raise ValueError(f"output: expected a folder, got the file {target}")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise ValueError(
-            f"output: expected a new or empty folder, or one with an earlier {marker}, got {target}, which holds "
-            "other files"
+            f"output: expected a new or empty folder, or one with an earlier {marker}, got {target}, which "
+            "holds other files"
         )
     scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)

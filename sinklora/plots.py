@@ -116,7 +116,10 @@ def plot_pattern(pattern: SFPattern, num_heads: int, num_tokens: int) -> Figure:
         axes.set_ylabel("query")
     figure.suptitle(f"SF-Attn: {describe(pattern)}", fontsize=10)
     figure.legend(
-        handles=[Patch(color=COLOURS[GROUP], label="own group"), Patch(color=COLOURS[SINK], label="sink token")],
+        handles=[
+            Patch(color=COLOURS[GROUP], label="own group"),
+            Patch(color=COLOURS[SINK], label="sink token"),
+        ],
         loc="outside lower center",
         ncols=2,
         frameon=False,
@@ -154,10 +157,11 @@ def plot_curves(
 
 
 def text_pattern(pattern: SFPattern, num_heads: int, num_tokens: int, *, width: int = 80) -> str:
-    """The mask of each kind of head in block characters: full for the own group, shaded for sinks, dots for nothing.
+    """The mask of each kind of head in block characters: full for the own group, shaded for sinks, dots for
+    nothing.
 
-    A cell is two characters wide. Where the tokens do not fit into `width` characters, several share a cell, and it
-    shows whether anything is allowed there. Each class is a title and rows of queries.
+    A cell is two characters wide. Where the tokens do not fit into `width` characters, several share a cell,
+    and it shows whether anything is allowed there. Each class is a title and rows of queries.
 
     Raises:
         ValueError: a number out of range.

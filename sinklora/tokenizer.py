@@ -14,8 +14,8 @@ SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|begin|>", "eos_token":
 def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """Token b is byte b of the text's UTF-8; 256, 257 and 258 are padding, begin and end.
 
-    An ordinary tokenizer of the tokenizers library: save_pretrained writes a tokenizer.json that AutoTokenizer opens.
-    Nothing is added to a text, so any text comes back from its tokens exactly.
+    An ordinary tokenizer of the tokenizers library: save_pretrained writes a tokenizer.json that
+    AutoTokenizer opens. Nothing is added to a text, so any text comes back from its tokens exactly.
 
     Args:
         context: tokens that the model beside it takes (model_max_length).
@@ -33,9 +33,11 @@ def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
 
 
 def _byte_characters() -> list[str]:
-    """The character that ByteLevel writes for each byte: itself where it is printable Latin-1, else one from U+0100 on.
+    """The character that ByteLevel writes for each byte: itself where it is printable Latin-1, else one from
+    U+0100 on.
 
-    The table is GPT-2's; the tokenizers library has it inside and shows only its alphabet, so the order is made here.
+    The table is GPT-2's; the tokenizers library has it inside and shows only its alphabet, so the order is
+    made here.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     spare = iter(range(0x100, 0x200))

@@ -1,0 +1,147 @@
+"""sinklora demo"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sinklora.cli import ConfigOption
+from sinklora.demo_settings import QUICK, DemoSettings
+from sinklora.extras import require
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sinklora.demo_report import Results
+
+_DEFAULT = DemoSettings()
+
+
+def _changed_by_quick(name: str) -> str:
+    return f"{getattr(_DEFAULT, name)}; with --quick {QUICK[name]}"
+
+
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute instead of five; the numbers then say little.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="Of the file split, the start model and the order of the data.")
+    ] = _DEFAULT.seed,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the model, its adapter, tables and pictures.")
+    ] = Path("sinklora-demo"),
+    start_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Training steps of the start model.", show_default=_changed_by_quick("start_steps")
+        ),
+    ] = None,
+    extend_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Training steps of each extension.", show_default=_changed_by_quick("extend_steps")
+        ),
+    ] = None,
+    start_batch: Annotated[
+        int, typer.Option(help="Blocks in a step of the start model.")
+    ] = _DEFAULT.start_batch,
+    extend_batch: Annotated[
+        int, typer.Option(help="Blocks in a step of an extension.")
+    ] = _DEFAULT.extend_batch,
+    start_context: Annotated[
+        int, typer.Option(help="Context of the start model, tokens.")
+    ] = _DEFAULT.start_context,
+    context: Annotated[int, typer.Option(help="Context after the extension, tokens.")] = _DEFAULT.context,
+    group_size: Annotated[int, typer.Option(help="Tokens in a group.")] = _DEFAULT.group_size,
+    sinks: Annotated[int, typer.Option(help="Sink tokens of SF-Attn.")] = _DEFAULT.num_sink_tokens,
+    fraction: Annotated[
+        float, typer.Option(help="Share of SF-Attn's heads that are shifted.")
+    ] = _DEFAULT.shifted_fraction,
+    lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = _DEFAULT.lora_rank,
+    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = _DEFAULT.hidden_size,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = _DEFAULT.num_layers,
+    validation_files: Annotated[
+        int | None,
+        typer.Option(help="Files held out and scored.", show_default=_changed_by_quick("validation_files")),
+    ] = None,
+    validation_tokens: Annotated[
+        int, typer.Option(help="Tokens scored of each.")
+    ] = _DEFAULT.validation_tokens,
+    sample_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens generated at the end.", show_default=_changed_by_quick("sample_tokens")),
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Extend the context of a small LLaMA with full attention, S2-Attn and SF-Attn, and compare them.
+
+    Trains on the CPU, on the sources of this Python's standard library; nothing is downloaded.
+    """
+    require("train", "torch", "transformers", "peft", "accelerate", "matplotlib")
+    preset = QUICK if quick else {}
+    own = {
+        "start_steps": start_steps,
+        "extend_steps": extend_steps,
+        "validation_files": validation_files,
+        "sample_tokens": sample_tokens,
+    }
+    settings = DemoSettings(
+        seed=seed,
+        start_context=start_context,
+        context=context,
+        group_size=group_size,
+        num_sink_tokens=sinks,
+        shifted_fraction=fraction,
+        start_batch=start_batch,
+        extend_batch=extend_batch,
+        lora_rank=lora_rank,
+        hidden_size=hidden_size,
+        num_layers=layers,
+        validation_tokens=validation_tokens,
+        **{**preset, **{name: value for name, value in own.items() if value is not None}},
+    )
+    _run(settings, output)
+
+
+def _run(settings: DemoSettings, output: Path) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print("importing torch, transformers and PEFT ...")
+    # Hints of the libraries to each other about names that they are going to change.
+    warnings.simplefilter("ignore", FutureWarning)
+    import transformers
+
+    from sinklora.demo import run
+    from sinklora.progress import progress_bars
+
+    transformers.utils.logging.disable_progress_bar()
+    with progress_bars(console) as begin:
+        results = run(settings, output, begin)
+    show(results, console)
+    console.print(f"\n{results.seconds:.0f} s. Everything is in {output}: AutoModelForCausalLM opens it.")
+
+
+def show(results: Results, console: Console) -> None:
+    """The table, what its columns mean, and the sampled continuation."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from sinklora.demo_report import cell_texts
+
+    table = Table()
+    for index, header in enumerate(results.headers()):
+        table.add_column(header, justify="left" if index == 0 else "right")
+    for row in results.rows():
+        table.add_row(*cell_texts(row))
+    console.print(table)
+    for note in results.notes():
+        console.print(Text(note, style="dim"))
+    prompt, continuation = results.sample
+    if continuation:
+        console.print("\nThe SF-Attn model goes on with a held-out file (its text dim):")
+        console.print(Text(prompt, style="dim") + Text(continuation))
