@@ -88,7 +88,7 @@ def test_the_core_neither_prints_nor_exits_nor_allocates() -> None:
 
 
 def test_the_inequality_is_written_in_one_header() -> None:
-    """Nobody else takes a position's group: no remainder or quotient by the group size, no use of the shift."""
+    """Nobody else takes a position's group: no quotient by the group size, no use of the shift."""
     exempt = {"csrc/core/pattern.h", "csrc/core/pattern.c", "csrc/python/errors.c"}
     shift = r"(->|\.)shift\b"
     assert not matches(shift, C_SOURCES, exempt)
@@ -149,7 +149,7 @@ OPERATIONS = sorted(p.stem for p in (CSRC / "cpu").glob("*.c") if re.match(r"(at
 @pytest.mark.parametrize("stem", OPERATIONS)
 def test_every_operation_has_tests_and_a_benchmark(stem: str) -> None:
     assert (ROOT / "tests" / f"test_{stem}.py").exists()
-    names = (f"bench_{stem}.py", f"bench_{stem.split('_')[0]}.py")
+    names = (f"bench_{stem}.py", f"bench_{stem.partition('_')[0]}.py")
     assert any((ROOT / "benchmarks" / name).exists() for name in names), f"benchmarks: none of {names}"
 
 
