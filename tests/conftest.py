@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from sinklora import _C
+try:
+    from sinklora import _C
+except ImportError as error:
+    raise pytest.UsageError(
+        "The tests need sinklora with its extension: `pip install .`, then `pytest` (`python -m pytest` "
+        "finds the source tree first); or `python setup.py build_ext --inplace` and PYTHONPATH set "
+        f"to the tree. Importing it said: {error}"
+    ) from error
 
 _SEED = pytest.StashKey[int]()
 

@@ -25,8 +25,8 @@ def check_rule(shape: Case, dtype: torch.dtype, generator: torch.Generator) -> N
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_rule(shape: Case, dtype: torch.dtype) -> None:
-    # The rule compares two maxima over random numbers. Where few elements are large their ratio scatters, and one
-    # draw in a hundred breaks the rule whatever the kernel: the draws here are always the same.
+    # The rule compares two maxima over random numbers. Where few elements are large their ratio scatters, and
+    # one draw in a hundred breaks the rule whatever the kernel: the draws here are always the same.
     check_rule(shape, dtype, torch.Generator().manual_seed(zlib.crc32(str(shape).encode())))
 
 

@@ -182,22 +182,25 @@ static SL_HD inline int64_t sl_pattern_first_query(const struct sl_pattern *p, b
     return p->causal ? k : sl_pattern_group_span(p, shifted, k, k + 1).lo;
 }
 
-// Number of allowed pairs of one head over a sequence of n positions: one step a group.
+// Number of allowed pairs of one head over a sequence of n positions: one step a group up to the sinks' end,
+// and a few more.
 static SL_HD inline int64_t sl_pattern_pairs(const struct sl_pattern *p, bool shifted, int64_t n) {
     int64_t pairs = 0;
     const int64_t sink = sl_min(p->n_sink, n);
     for (int64_t t = 0; t < n;) {
         const struct sl_range g = sl_pattern_group_span(p, shifted, t, n);
         const int64_t length = g.hi - g.lo;
+        // Whole groups beyond the sinks are alike.
+        const int64_t alike = g.lo >= sink && length == p->group_size ? (n - g.lo) / length : 1;
         if (p->causal) {
             // Local pairs, and each query beyond the group's start also sees the sinks before the group.
-            pairs += length * (length + 1) / 2 + length * sl_min(sink, g.lo);
+            pairs += alike * (length * (length + 1) / 2 + length * sl_min(sink, g.lo));
         } else {
             const int64_t sink_query = sl_max(sl_min(sink, g.hi) - g.lo, 0);
             const int64_t sink_outside = sink - sink_query;
-            pairs += sink_query * n + (length - sink_query) * (length + sink_outside);
+            pairs += alike * (sink_query * n + (length - sink_query) * (length + sink_outside));
         }
-        t = g.hi;
+        t = g.lo + alike * length;
     }
     return pairs;
 }
