@@ -49,28 +49,10 @@ def from_settings(settings: Any, source: str = "config.sinklora") -> tuple[SFPat
             f"{source}: eval_attention: expected one of {EVAL_ATTENTION}, got {eval_attention!r}"
         )
     values = {key: value for key, value in settings.items() if key != "eval_attention"}
-    if torch.compiler.is_compiling():
-        return TracedPattern(values), eval_attention
     try:
         return SFPattern.from_dict(values), eval_attention
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
-
-
-class TracedPattern(SFPattern):
-    """What the operator reads of a pattern, where torch.compile traces: an SFPattern cannot be made there,
-    because C code checks it, and the numbers may be symbols. The operator checks them whenever it runs."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        group_size, shift = values["group_size"], values.get("shift")
-        settings = (
-            group_size,
-            group_size // 2 if shift is None else shift,
-            values.get("num_sink_tokens", 4),
-            values.get("shifted_fraction", 0.25),
-            values.get("causal", True),
-        )
-        object.__setattr__(self, "settings", settings)
 
 
 def read_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ class SFPattern:
 
     SinkLoRA (arXiv 2406.05678), Algorithm 1. A query sees the keys of its own group and the first
     ``num_sink_tokens`` of its sequence. The last ``floor(num_heads * shifted_fraction)`` query heads use
-    groups that begin ``shift`` tokens later. Make it outside of a function that torch.compile traces whole.
+    groups that begin ``shift`` tokens later.
 
     Args:
         group_size: tokens in a group, at least 1.
@@ -47,16 +48,17 @@ class SFPattern:
     settings: ClassVar[Settings]
 
     def __post_init__(self) -> None:
-        shift = 0 if self.shift is None else self.shift
-        # The C definition's own check: the ranges are written once.
-        _C.pattern_pairs(
-            0, 0, self.group_size, shift, self.num_sink_tokens, self.shifted_fraction, self.causal
-        )
         put = object.__setattr__
-        put(self, "group_size", operator.index(self.group_size))
-        put(self, "num_sink_tokens", operator.index(self.num_sink_tokens))
-        put(self, "shifted_fraction", float(self.shifted_fraction))
-        put(self, "shift", None if self.shift is None else operator.index(self.shift))
+        if not _is_traced():
+            shift = 0 if self.shift is None else self.shift
+            # The C definition's own check: the ranges are written once.
+            _C.pattern_pairs(
+                0, 0, self.group_size, shift, self.num_sink_tokens, self.shifted_fraction, self.causal
+            )
+            put(self, "group_size", operator.index(self.group_size))
+            put(self, "num_sink_tokens", operator.index(self.num_sink_tokens))
+            put(self, "shifted_fraction", float(self.shifted_fraction))
+            put(self, "shift", None if self.shift is None else operator.index(self.shift))
         shift = self.group_size // 2 if self.shift is None else self.shift
         settings = (self.group_size, shift, self.num_sink_tokens, self.shifted_fraction, self.causal)
         put(self, "settings", settings)
@@ -123,7 +125,7 @@ class SFPattern:
 
     def to_dict(self) -> dict[str, int | float | bool | None]:
         """The settings as plain JSON values; ``from_dict`` reads them back."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in _FIELDS}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> SFPattern:
@@ -134,11 +136,19 @@ class SFPattern:
         """
         if not isinstance(settings, Mapping):
             raise TypeError(f"settings: expected a mapping of pattern settings, got {type(settings)!r}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [str(name) for name in settings if name not in known]
+        unknown = [str(name) for name in settings if name not in _FIELDS]
         if unknown:
-            raise ValueError(f"settings: expected names among {', '.join(known)}, got {', '.join(unknown)}")
+            raise ValueError(f"settings: expected names among {', '.join(_FIELDS)}, got {', '.join(unknown)}")
         return cls(**settings)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(SFPattern))
+
+
+def _is_traced() -> bool:
+    """Is torch.compile tracing? It cannot call C, and numbers may be symbols: the operator checks them."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
 
 
 def _require_int(name: str, value: object, least: int) -> int:

@@ -194,7 +194,7 @@ def test_refuses_settings(options: dict[str, Any], error: type[Exception], messa
         (lambda p: p.mask(1, 2.0), TypeError, "num_tokens: expected an integer"),
         (lambda p: p.flops(1, -4, 8), ValueError, "num_tokens"),
         (lambda p: p.flops(1, 2**40, 8), ValueError, "num_tokens"),
-        (lambda p: p.flops(2**31, 2**31, 8), ValueError, "num_heads"),
+        (lambda p: SFPattern(2**31).flops(2**31, 2**31, 8), ValueError, "num_heads"),
         (lambda p: p.flops(1, 4, True), TypeError, "head_dim"),
         (lambda p: p.from_ratio(0), ValueError, "num_tokens: .*0"),
         (lambda p: p.from_ratio(8, 0), ValueError, "ratio"),
