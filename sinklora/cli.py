@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{_prefix(error)}{error.format_message()}", getattr(error, "exit_code", USAGE_STATUS)
             )
         return _fail(str(error) or type(error).__name__, ERROR_STATUS)
+    if status == INTERRUPTED_STATUS:  # how newer typers return an interrupt
+        return _fail("interrupted", INTERRUPTED_STATUS)
     return status if isinstance(status, int) else 0
 
 

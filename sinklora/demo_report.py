@@ -56,9 +56,9 @@ class Results:
         settings, longest = self.settings, self.settings.lengths()[-1]
         sliding = perplexity(self.sliding)
         rows = [
-            Row("start, interpolated, untrained", self._perplexities("untrained")),
+            Row("start, interpolated", self._perplexities("untrained")),
             Row(
-                f"start, sliding {settings.start_context}-token window",
+                f"start, sliding {settings.start_context}",
                 dict.fromkeys(settings.lengths(), sliding),
             ),
         ]
@@ -77,15 +77,9 @@ class Results:
         return {length: perplexity(self.scores[name, length]) for length in self.settings.lengths()}
 
     def headers(self) -> list[str]:
-        return [
-            "model",
-            *(f"ppl {length}" for length in self.settings.lengths()),
-            "share",
-            "nats above full",
-            "low",
-            "high",
-            "tokens/s",
-        ]
+        """Of the table that is shown; the names in results.csv are longer."""
+        lengths = (f"ppl {length}" for length in self.settings.lengths())
+        return ["model", *lengths, "share", "nats above full", "tokens/s"]
 
     def notes(self) -> list[str]:
         """What the table's columns mean, one line each."""
@@ -98,7 +92,7 @@ class Results:
             f"Scored: {tokens} bytes of {settings.validation_files} files that no model was trained on.",
             f"share: of full attention's improvement in perplexity over the {window}, at {longest} tokens; "
             '"none" where full attention does not improve on it.',
-            f"nats above full: per byte at {longest} tokens; low, high: 95 % bootstrap interval over files.",
+            f"nats above full: per byte, at {longest} tokens, with the 95 % bootstrap interval over files.",
             "tokens/s: of training, on this machine.",
         ]
 
@@ -108,23 +102,15 @@ def cell_texts(row: Row) -> list[str]:
     apply."""
     trained = row.tokens_per_second is not None
     share = "-" if not trained else "none" if row.share is None else f"{100 * row.share:.0f} %"
-    above = ["-"] * 3 if row.above_full is None else [f"{value:+.4f}" for value in row.above_full]
+    above = "-" if row.above_full is None else "{:+.3f} ({:+.3f} to {:+.3f})".format(*row.above_full)
     speed = f"{row.tokens_per_second:.0f}" if row.tokens_per_second is not None else "-"
-    return [row.name, *(f"{value:.3f}" for value in row.perplexities.values()), share, *above, speed]
+    return [row.name, *(f"{value:.3f}" for value in row.perplexities.values()), share, above, speed]
 
 
 def write_results(results: Results, folder: Path) -> None:
     """results.json, results.csv, pattern.png, losses.png, start-losses.png and sample.txt in folder."""
     rows = results.rows()
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(results.headers())
-        for row in rows:
-            above = row.above_full or ("", "", "")
-            share = "" if row.tokens_per_second is None else "none" if row.share is None else row.share
-            speed = "" if row.tokens_per_second is None else row.tokens_per_second
-            writer.writerow([row.name, *row.perplexities.values(), share, *above, speed])
-
+    _write_csv(results, rows, folder / "results.csv")
     settings = results.settings
     pattern = settings.patterns()["SF-Attn"]
     if pattern is not None:
@@ -143,6 +129,20 @@ def write_results(results: Results, folder: Path) -> None:
     prompt, continuation = results.sample
     (folder / "sample.txt").write_text(f"{prompt}\n===== continued =====\n{continuation}\n", encoding="utf-8")
     (folder / MARKER).write_text(json.dumps(_as_json(results, rows), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_csv(results: Results, rows: list[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        perplexities = [f"perplexity_{length}" for length in results.settings.lengths()]
+        writer.writerow(
+            ["model", *perplexities, "share", "nats_above_full", "low", "high", "training_tokens_per_second"]
+        )
+        for row in rows:
+            above = row.above_full or ("", "", "")
+            share = "" if row.tokens_per_second is None else "none" if row.share is None else row.share
+            speed = "" if row.tokens_per_second is None else row.tokens_per_second
+            writer.writerow([row.name, *row.perplexities.values(), share, *above, speed])
 
 
 def _as_json(results: Results, rows: list[Row]) -> dict[str, Any]:

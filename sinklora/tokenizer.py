@@ -24,6 +24,8 @@ def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = ByteLevelDecoder()
+    # Added here for their order; left to transformers they are numbered by the names of its settings.
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=context,

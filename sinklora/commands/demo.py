@@ -108,9 +108,7 @@ def demo(
 
 
 def _run(settings: DemoSettings, output: Path) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = _console()
     console.print("importing torch, transformers and PEFT ...")
     # Hints of the libraries to each other about names that they are going to change.
     warnings.simplefilter("ignore", FutureWarning)
@@ -126,14 +124,23 @@ def _run(settings: DemoSettings, output: Path) -> None:
     console.print(f"\n{results.seconds:.0f} s. Everything is in {output}: AutoModelForCausalLM opens it.")
 
 
+def _console() -> Console:
+    """rich's console; in a log, which has no width of its own, wide enough for the table."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=110)
+
+
 def show(results: Results, console: Console) -> None:
     """The table, what its columns mean, and the sampled continuation."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     from sinklora.demo_report import cell_texts
 
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for index, header in enumerate(results.headers()):
         table.add_column(header, justify="left" if index == 0 else "right")
     for row in results.rows():

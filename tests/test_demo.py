@@ -1,0 +1,326 @@
+"""The demo's parts: text, tokenizer, evaluation, folder of results, and a very small run of the whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import sinklora
+from sinklora import demo
+from sinklora.demo_data import Blocks, encode, library_files, read_texts, split_by_file
+from sinklora.demo_report import Results, cell_texts
+from sinklora.demo_settings import QUICK, DemoSettings
+from sinklora.evaluate import (
+    bootstrap_interval,
+    file_losses,
+    improvement_share,
+    mean_loss,
+    perplexity,
+    windows,
+)
+from sinklora.folders import replaced_folder
+from sinklora.tokenizer import byte_tokenizer
+
+TINY = DemoSettings(
+    seed=3,
+    start_context=32,
+    context=128,
+    group_size=32,
+    start_steps=3,
+    extend_steps=2,
+    hidden_size=64,
+    num_layers=1,
+    validation_files=2,
+    validation_tokens=160,
+    sample_tokens=5,
+)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return read_texts(library_files(), min_bytes=2048)
+
+
+def test_library_files_are_sources_in_a_fixed_order(tmp_path: Path) -> None:
+    files = library_files()
+    assert files == library_files()
+    assert all(path.suffix == ".py" for path in files)
+    assert not any("site-packages" in path.parts for path in files)
+    with pytest.raises(ValueError, match=r"\*\.py.*found none"):
+        library_files(tmp_path)
+
+
+def test_split_never_shares_a_file(texts: list[str], seed: int) -> None:
+    train, validation = split_by_file(texts, 24, seed)
+    assert len(validation) == 24
+    assert not set(train) & set(validation)
+    assert sorted(train + validation) == sorted(texts)
+    assert (train, validation) == split_by_file(texts, 24, seed)
+    assert validation != split_by_file(texts, 24, seed + 1)[1]
+
+
+def test_copies_of_a_file_are_one_text(tmp_path: Path) -> None:
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("x = 1\n" * 10)
+    (tmp_path / "short.py").write_text("y\n")
+    (tmp_path / "old.py").write_bytes(b"# \xe9t\xe9\n" * 20)
+    assert read_texts(library_files(tmp_path), min_bytes=20) == ["x = 1\n" * 10]
+
+
+@pytest.mark.parametrize("number", [0, 3, -1])
+def test_split_wants_a_file_on_each_side(number: int) -> None:
+    with pytest.raises(ValueError, match="validation_files"):
+        split_by_file(["a", "b", "c"], number, 0)
+
+
+def test_blocks_do_not_cross_files() -> None:
+    tokenizer = byte_tokenizer(8)
+    blocks = Blocks(["abcdefghij", "ABCDEFGH", "123"], tokenizer, 4)
+    rows = [tokenizer.decode(blocks[i]["input_ids"]) for i in range(len(blocks))]
+    assert rows == ["abcd", "efgh", "ABCD", "EFGH"]
+    assert torch.equal(blocks[1]["labels"], blocks[1]["input_ids"])
+    assert len(Blocks(["abcd" * 100] * 3, tokenizer, 4, max_tokens=500)) == 200
+    with pytest.raises(ValueError, match="at least 16 tokens"):
+        Blocks(["short"], tokenizer, 16)
+
+
+def test_tokenizer_is_bytes_and_reopens(tmp_path: Path, seed: int) -> None:
+    byte_tokenizer(64).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    draw = random.Random(seed)
+    text = "".join(
+        chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])) for _ in range(500)
+    )
+    for each in (text, "\x00 a  b\r\n\t ", "", " leading", "Ġ 'll don't"):
+        tokens = tokenizer(each)["input_ids"]
+        assert tokens == list(each.encode())
+        assert tokenizer.decode(tokens) == each
+    assert encode(text, tokenizer, 10).tolist() == list(text.encode())[:10]
+    assert len(tokenizer) == 259
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257, 258)
+
+
+@pytest.fixture(scope="module")
+def small_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 1), (8, 3), (8, 7), (64, 16), (2, 1)])
+def test_sliding_window_equals_one_token_at_a_time(
+    small_model: LlamaForCausalLM, torch_rng: torch.Generator, window: int, stride: int
+) -> None:
+    lengths = [1, 2, 7, 8, 9, 30]
+    files = [torch.randint(32, (length,), generator=torch_rng) for length in lengths]
+    found = file_losses(small_model, files, window, stride, tokens_per_batch=3 * window)
+    for tokens, losses in zip(files, found, strict=True):
+        assert losses.shape == (len(tokens) - 1,)
+        ends = [min(window, len(tokens))]
+        while ends[-1] < len(tokens):
+            ends.append(min(ends[-1] + stride, len(tokens)))
+        for target in range(1, len(tokens)):
+            begin = max(0, next(end for end in ends if end > target) - window)
+            assert target - begin <= window - 1
+            assert begin == 0 or target - begin >= window - stride
+            with torch.no_grad():
+                logits = small_model(input_ids=tokens[None, begin:target]).logits[0, -1]
+            expected = -logits.log_softmax(-1)[tokens[target]]
+            assert losses[target - 1].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_evaluation_leaves_the_mode(small_model: LlamaForCausalLM) -> None:
+    small_model.train()
+    counted: list[int] = []
+    file_losses(small_model, [torch.arange(10)], 4, 2, on_tokens=counted.append)
+    assert small_model.training
+    small_model.eval()
+    assert sum(counted) == sum(w.end - w.begin for w in windows([10], 4, 2)) == 16
+
+
+@pytest.mark.parametrize(("window", "stride", "name"), [(1, 1, "window"), (8, 0, "stride"), (8, 8, "stride")])
+def test_windows_refuse(window: int, stride: int, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        windows([10], window, stride)
+
+
+def test_share_of_the_improvement() -> None:
+    assert improvement_share(10.0, 6.0, 7.0) == pytest.approx(0.75)
+    assert improvement_share(10.0, 6.0, 6.0) == 1
+    assert improvement_share(10.0, 6.0, 12.0) == pytest.approx(-0.5)
+    assert improvement_share(10.0, 10.0, 9.0) is None
+    assert improvement_share(10.0, 11.0, 9.0) is None
+
+
+def test_bootstrap_resamples_files(rng: np.random.Generator) -> None:
+    reference = [torch.from_numpy(rng.normal(2, 1, size)) for size in (50, 200, 80, 120, 60, 90, 150, 70)]
+    same = [losses + 0.25 for losses in reference]
+    low, high = bootstrap_interval(same, reference)
+    assert low == pytest.approx(0.25)
+    assert high == pytest.approx(0.25)
+    # One file of eight is worse by 1: the mean is its share of the tokens; it may be drawn never or often.
+    one = [losses + (1.0 if i == 1 else 0.0) for i, losses in enumerate(reference)]
+    low, high = bootstrap_interval(one, reference, seed=1)
+    mean = mean_loss(one) - mean_loss(reference)
+    assert mean == pytest.approx(200 / 820)
+    assert low == 0 < mean < high < 1
+    assert (low, high) == bootstrap_interval(one, reference, seed=1)
+    assert perplexity([torch.full((4,), math.log(3.0))]) == pytest.approx(3.0)
+
+
+def test_table_says_none_where_full_does_not_improve() -> None:
+    settings = DemoSettings()
+    results = Results(settings)
+    results.sliding = [torch.full((100,), 2.0), torch.full((50,), 2.0)]
+    for name, loss in (("untrained", 3.0), ("full", 2.1), ("S2-Attn", 2.2), ("SF-Attn", 2.15)):
+        results.tokens_per_second[name] = 1000.0
+        for length in settings.lengths():
+            results.scores[name, length] = [torch.full_like(losses, loss) for losses in results.sliding]
+    rows = results.rows()
+    assert [row.share for row in rows] == [None] * 5
+    assert [cell_texts(row)[4] for row in rows] == ["-", "-", "none", "none", "none"]
+    assert rows[3].above_full == pytest.approx((0.1, 0.1, 0.1), abs=1e-6)
+    for length in settings.lengths():
+        results.scores["full", length] = [torch.full_like(losses, 1.8) for losses in results.sliding]
+    shares = [row.share for row in results.rows()]
+    assert shares[2] == 1
+    expected = (math.exp(2) - math.exp(2.2)) / (math.exp(2) - math.exp(1.8))
+    assert shares[3] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"context": 256}, "context"),
+        ({"validation_tokens": 100}, "validation_tokens"),
+        ({"hidden_size": 100}, "hidden_size"),
+        ({"start_steps": 0}, "start_steps"),
+        ({"group_size": 0}, "group_size"),
+        ({"shifted_fraction": 2.0}, "shifted_fraction"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_refuse(change: dict[str, int], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        DemoSettings(**change)
+
+
+def test_quick_names_settings() -> None:
+    assert DemoSettings(**QUICK).lengths() == [256, 512, 1024]
+    assert DemoSettings(start_context=200, context=1000).lengths() == [200, 400, 800, 1000]
+
+
+def test_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "results"
+    with pytest.raises(RuntimeError, match="half way"), replaced_folder(target, "marker") as folder:
+        (folder / "file").write_text("new")
+        raise RuntimeError("half way")
+    assert list(tmp_path.iterdir()) == []
+
+    with replaced_folder(target, "marker") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "old").write_text("old")
+        (folder / "marker").write_text("1")
+    (target / "own notes").write_text("kept")
+    with replaced_folder(target, "marker") as folder:
+        (folder / "sub").mkdir()
+        (folder / "marker").write_text("2")
+    assert sorted(path.name for path in target.rglob("*")) == ["marker", "own notes", "sub"]
+    assert (target / "marker").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+    (target / "marker").unlink()
+    with pytest.raises(ValueError, match="holds other files"), replaced_folder(target, "marker"):
+        pass
+    with pytest.raises(ValueError, match="got the file"), replaced_folder(target / "own notes", "marker"):
+        pass
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    output = tmp_path_factory.mktemp("demo") / "out"
+    return demo.run(TINY, output), output
+
+
+def test_demo_writes_results(tiny_run: tuple[Results, Path]) -> None:
+    results, output = tiny_run
+    found = json.loads((output / "results.json").read_text())
+    assert found["settings"]["seed"] == TINY.seed
+    assert [row["name"] for row in found["rows"]][2:] == ["full", "S2-Attn", "SF-Attn"]
+    assert all(set(row["perplexities"]) == {"32", "64", "128"} for row in found["rows"])
+    assert {name: len(losses) for name, losses in found["training_losses"].items()} == {
+        "start": 3,
+        "full": 2,
+        "S2-Attn": 2,
+        "SF-Attn": 2,
+    }
+    # Same start and same data: before the first step only the attention differs.
+    first = {name: losses[0] for name, losses in results.losses.items() if name != "start"}
+    assert first["full"] == pytest.approx(first["SF-Attn"], abs=0.05)
+    with (output / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["perplexity_128"]) for row in rows] == [
+        row["perplexities"]["128"] for row in found["rows"]
+    ]
+    for name in ("pattern.png", "losses.png", "start-losses.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert (output / "sample.txt").read_text(encoding="utf-8").count("===== continued =====") == 1
+
+
+def test_demo_model_opens_without_flags(tiny_run: tuple[Results, Path]) -> None:
+    results, output = tiny_run
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 128
+    assert model.config.rope_parameters["rope_type"] == "linear"
+    assert model.config.rope_parameters["factor"] == 4
+    assert model.config.sinklora["group_size"] == 32
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    _, held_out = split_by_file(read_texts(library_files(), 160), 2, TINY.seed)
+    files = [encode(text, tokenizer, 160) for text in held_out]
+    again = perplexity(file_losses(model, files, 128, 64))
+    assert again == pytest.approx(results.rows()[-1].perplexities[128], rel=1e-4)
+
+
+def test_demo_adapter_opens_on_its_base(tiny_run: tuple[Results, Path]) -> None:
+    _, output = tiny_run
+    settings = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(output / "base")
+    assert settings["ensure_weight_tying"] is True
+    assert sinklora.SFPattern.from_dict(
+        {
+            k: v
+            for k, v in json.loads((output / "adapter" / "sinklora.json").read_text()).items()
+            if k != "eval_attention"
+        }
+    ) == sinklora.SFPattern(group_size=32)
+    base = AutoModelForCausalLM.from_pretrained(output / "base")
+    adapted = PeftModel.from_pretrained(base, output / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    tokens = torch.arange(100)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(tokens).logits, merged(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_demo_is_the_same_again_with_the_same_seed(tiny_run: tuple[Results, Path], tmp_path: Path) -> None:
+    results, _ = tiny_run
+    again = demo.run(TINY, tmp_path / "again")
+    assert again.losses == results.losses
+    assert again.rows()[-1].perplexities == results.rows()[-1].perplexities
+    assert again.sample == results.sample
