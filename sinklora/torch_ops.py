@@ -7,6 +7,8 @@ operator with an autograd kernel of its own costs several microseconds more at e
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,20 +21,52 @@ from .pattern import SFPattern
 
 _Settings = tuple[int, int, int, float, bool, float]  # as SFPattern.settings, and the scale
 
-_FORWARD_NAMES = ("query", "key", "value", "cu_seqlens", "padding_mask", "position_ids")
+_FORWARD_NAMES = ("query", "key", "value", "settings", "cu_seqlens", "padding_mask", "position_ids")
 _BACKWARD_NAMES = ("grad_output", "query", "key", "value", "output", "lse", *_FORWARD_NAMES[3:])
-_SEQUENCES = "Tensor? cu_seqlens, Tensor? padding_mask, Tensor? position_ids"
-_SETTINGS = "int group_size, int shift, int num_sink_tokens, float shifted_fraction, bool causal, float scale"
+
+# The settings go as one text (see settings_text): each number of its own would cost every call a sixth of a
+# microsecond in the dispatcher, which on a small input is as long as the kernel takes for a head.
+_REST = "str settings, Tensor? cu_seqlens=None, Tensor? padding_mask=None, Tensor? position_ids=None"
 
 torch.library.define(
-    "sinklora::sf_attention",
-    f"(Tensor query, Tensor key, Tensor value, {_SEQUENCES}, {_SETTINGS}) -> (Tensor, Tensor)",
+    "sinklora::sf_attention", f"(Tensor query, Tensor key, Tensor value, {_REST}) -> (Tensor, Tensor)"
 )
 torch.library.define(
     "sinklora::sf_attention_backward",
     "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
-    f"{_SEQUENCES}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f"{_REST}) -> (Tensor, Tensor, Tensor)",
 )
+
+
+def settings_text(
+    group_size: int,
+    shift: int,
+    num_sink_tokens: int,
+    shifted_fraction: float,
+    causal: bool,
+    scale: float,
+) -> str:
+    """What the operators take as settings: the numbers that a pattern and a scale come to, exactly."""
+    return (
+        f"group_size={group_size} shift={shift} num_sink_tokens={num_sink_tokens} "
+        f"shifted_fraction={shifted_fraction!r} causal={int(causal)} scale={scale!r}"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_settings(text: str) -> _Settings:
+    try:
+        numbers = dict(item.split("=") for item in text.split(" "))
+        group_size, shift, sinks, fraction, causal, scale = (numbers.pop(name) for name in _SETTING_NAMES)
+        if numbers:
+            raise ValueError(f"unknown {', '.join(numbers)}")
+        return int(group_size), int(shift), int(sinks), float(fraction), bool(int(causal)), float(scale)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"settings: expected a text of settings_text, got {text!r} ({error})") from None
+
+
+_SETTING_NAMES = tuple(inspect.signature(settings_text).parameters)
+_cached_settings_text = functools.lru_cache(maxsize=1024)(settings_text)
 
 
 def sf_attention(
@@ -78,9 +112,10 @@ def attend(
         scale = (shape[-1] or 1) ** -0.5 if shape else 1.0
     else:
         scale = check_scale(scale)
-    settings = (*pattern.settings, scale)
     if torch.compiler.is_compiling():
-        settings = _static(settings)
+        settings = settings_text(*_static((*pattern.settings, scale)))
+    else:
+        settings = _cached_settings_text(*pattern.settings, scale)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         # torch.compile refuses one tensor passed twice to an autograd.Function; a view is another tensor.
         if key is query:
@@ -90,19 +125,16 @@ def attend(
         run: Callable[..., tuple[Tensor, Tensor]] = _SFAttention.apply
     else:
         run = _forward_op
-    return run(query, key, value, cu_seqlens, padding_mask, position_ids, *settings)
+    if cu_seqlens is None and padding_mask is None and position_ids is None:
+        return run(query, key, value, settings)
+    return run(query, key, value, settings, cu_seqlens, padding_mask, position_ids)
 
 
-def _static(settings: _Settings) -> _Settings:
-    """Settings as constants of a compiled graph.
-
-    torch.compile(dynamic=True) makes symbols of the floats that it finds in objects, and fails where two
-    calls in a graph pass the same one to an autograd.Function.
-    """
+def _static(settings: tuple[float, ...]) -> Any:
+    """Settings as constants of a compiled graph: torch.compile(dynamic=True) makes symbols of numbers."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-    group_size, shift, num_sink_tokens, fraction, causal, scale = settings
-    return (group_size, shift, num_sink_tokens, guard_scalar(fraction), causal, guard_scalar(scale))
+    return tuple(guard_scalar(number) for number in settings)
 
 
 # ---- checks that the kernel cannot make ----
@@ -154,8 +186,15 @@ def _allocate(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
-def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """rest: cu_seqlens, padding_mask, position_ids and the settings, as the schema has them."""
+def _forward_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: str,
+    cu_seqlens: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     if query.dim() != 4:
         _check_rank("query", query)
     # A small call is bound by these lines: no helper functions, and strides are asked for only where the
@@ -165,7 +204,10 @@ def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple
     output = torch.empty_strided(shape, strides, dtype=query.dtype)
     lse = torch.empty_strided((batch, heads, tokens), (heads * tokens, tokens, 1), dtype=torch.float32)
     num_threads = threads.chosen or torch.get_num_threads()
-    call: list[Any] = [query, key, value, output, lse, *rest, num_threads, _allocate]
+    call: list[Any] = [
+        *(query, key, value, output, lse, cu_seqlens, padding_mask, position_ids),
+        *(*_read_settings(settings), num_threads, _allocate),
+    ]
     try:
         _C.attention_forward(*call)
     except ValueError:
@@ -187,15 +229,20 @@ def _backward_cpu(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
-    *rest: Any,
+    settings: str,
+    cu_seqlens: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_rank(name, tensor)
     grads = _empty_rows(query), _empty_rows(key), _empty_rows(value)
     read = [_rows(tensor) for tensor in (grad_output, query, key, value, output)]
     num_threads = threads.chosen or torch.get_num_threads()
-    call: list[Any] = [*read, lse.contiguous(), *grads, _rows(cu_seqlens), *rest, num_threads, _allocate]
+    call: list[Any] = [
+        *(*read, lse.contiguous(), *grads, _rows(cu_seqlens), padding_mask, position_ids),
+        *(*_read_settings(settings), num_threads, _allocate),
+    ]
     _C.attention_backward(*call)
     return grads
 
@@ -244,17 +291,19 @@ class _SFAttention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         output, lse = _forward_op(*args)
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(*args[:3], output, lse, *args[3:6])
-        ctx.settings = args[6:]
+        ctx.save_for_backward(*args[:3], output, lse, *args[4:])
+        ctx.settings = args[3]
+        ctx.num_args = len(args)
         return output, lse
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            grads = _backward_op(grad_outputs[0], *ctx.saved_tensors, *ctx.settings)
+            query, key, value, output, lse, *sequences = ctx.saved_tensors
+            grads = _backward_op(grad_outputs[0], query, key, value, output, lse, ctx.settings, *sequences)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _FirstOrderOnly.apply(*(grad.requires_grad_() for grad in grads))
-        return (*grads, *(None,) * 9)
+        return (*grads, *(None,) * (ctx.num_args - 3))
 
 
 class _FirstOrderOnly(torch.autograd.Function):

@@ -16,7 +16,7 @@ from sinklora import SFPattern, sf_attention, torch_ops
 
 def op_args(tensors: list[Tensor], **given: Tensor) -> tuple[Any, ...]:
     sequences = [given.get(name) for name in ("cu_seqlens", "padding_mask", "position_ids")]
-    return (*tensors, *sequences, *PATTERN.settings, 0.25)
+    return (*tensors, torch_ops.settings_text(*PATTERN.settings, 0.25), *sequences)
 
 
 def test_opcheck(torch_rng: torch.Generator) -> None:
@@ -178,3 +178,9 @@ def test_subclasses_and_parameters(torch_rng: torch.Generator) -> None:
     assert_same_bits(output, sf_attention(*tensors, PATTERN))
     output.sum().backward()
     assert all(x.grad is not None for x in parameters)
+
+
+@pytest.mark.parametrize("text", ["", "group_size=4", "group_size=x shift=0 num_sink_tokens=0"])
+def test_refuses_other_settings(torch_rng: torch.Generator, text: str) -> None:
+    with pytest.raises(ValueError, match="settings: expected a text of settings_text, got"):
+        torch.ops.sinklora.sf_attention(*make(torch_rng), text)
