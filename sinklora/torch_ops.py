@@ -7,8 +7,6 @@ operator with an autograd kernel of its own costs several microseconds more at e
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -18,13 +16,12 @@ from torch import Tensor
 from . import _C, threads
 from .ops import check_pattern, check_scale
 from .pattern import SFPattern
-
-_Settings = tuple[int, int, int, float, bool, float]  # as SFPattern.settings, and the scale
+from .settings import cached_settings_text, read_settings, settings_text
 
 _FORWARD_NAMES = ("query", "key", "value", "settings", "cu_seqlens", "padding_mask", "position_ids")
 _BACKWARD_NAMES = ("grad_output", "query", "key", "value", "output", "lse", *_FORWARD_NAMES[3:])
 
-# The settings go as one text (see settings_text): each number of its own would cost every call a sixth of a
+# The settings go as one text (see settings.py): each number of its own would cost every call a sixth of a
 # microsecond in the dispatcher, which on a small input is as long as the kernel takes for a head.
 _REST = "str settings, Tensor? cu_seqlens=None, Tensor? padding_mask=None, Tensor? position_ids=None"
 
@@ -36,37 +33,6 @@ torch.library.define(
     "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
     f"{_REST}) -> (Tensor, Tensor, Tensor)",
 )
-
-
-def settings_text(
-    group_size: int,
-    shift: int,
-    num_sink_tokens: int,
-    shifted_fraction: float,
-    causal: bool,
-    scale: float,
-) -> str:
-    """What the operators take as settings: the numbers that a pattern and a scale come to, exactly."""
-    return (
-        f"group_size={group_size} shift={shift} num_sink_tokens={num_sink_tokens} "
-        f"shifted_fraction={shifted_fraction!r} causal={int(causal)} scale={scale!r}"
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _read_settings(text: str) -> _Settings:
-    try:
-        numbers = dict(item.split("=") for item in text.split(" "))
-        group_size, shift, sinks, fraction, causal, scale = (numbers.pop(name) for name in _SETTING_NAMES)
-        if numbers:
-            raise ValueError(f"unknown {', '.join(numbers)}")
-        return int(group_size), int(shift), int(sinks), float(fraction), bool(int(causal)), float(scale)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"settings: expected a text of settings_text, got {text!r} ({error})") from None
-
-
-_SETTING_NAMES = tuple(inspect.signature(settings_text).parameters)
-_cached_settings_text = functools.lru_cache(maxsize=1024)(settings_text)
 
 
 def sf_attention(
@@ -115,7 +81,7 @@ def attend(
     if torch.compiler.is_compiling():
         settings = settings_text(*_static((*pattern.settings, scale)))
     else:
-        settings = _cached_settings_text(*pattern.settings, scale)
+        settings = cached_settings_text(*pattern.settings, scale)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         # torch.compile refuses one tensor passed twice to an autograd.Function; a view is another tensor.
         if key is query:
@@ -131,7 +97,7 @@ def attend(
 
 
 def _static(settings: tuple[float, ...]) -> Any:
-    """Settings as constants of a compiled graph: torch.compile(dynamic=True) makes symbols of numbers."""
+    """Settings as constants of a compiled graph; torch.compile(dynamic=True) makes symbols of numbers."""
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
     return tuple(guard_scalar(number) for number in settings)
@@ -206,7 +172,7 @@ def _forward_cpu(
     num_threads = threads.chosen or torch.get_num_threads()
     call: list[Any] = [
         *(query, key, value, output, lse, cu_seqlens, padding_mask, position_ids),
-        *(*_read_settings(settings), num_threads, _allocate),
+        *(*read_settings(settings), num_threads, _allocate),
     ]
     try:
         _C.attention_forward(*call)
@@ -241,7 +207,7 @@ def _backward_cpu(
     num_threads = threads.chosen or torch.get_num_threads()
     call: list[Any] = [
         *(*read, lse.contiguous(), *grads, _rows(cu_seqlens), padding_mask, position_ids),
-        *(*_read_settings(settings), num_threads, _allocate),
+        *(*read_settings(settings), num_threads, _allocate),
     ]
     _C.attention_backward(*call)
     return grads

@@ -94,7 +94,7 @@ def test_the_inequality_is_written_in_one_header() -> None:
     assert not matches(shift, C_SOURCES, exempt)
     position = r"\b(q|k|t|i|x|position)\b\s*[/%]\s*[\w.>-]*group_size|%\s*[\w.>-]*group_size|group_size\s*\*"
     assert not matches(position, C_SOURCES, exempt)
-    # reference.py: the literal roll's check that whole groups fill the sequence; benchmark.py: a rival's fold.
+    # reference.py: the literal roll's check that whole groups fill the row; benchmark.py: a rival's fold.
     python = r"%\s*(\w+\.)*group_size|group_size\s*\*|//\s*(\w+\.)*group_size"
     found = matches(python, PYTHON_SOURCES, {"sinklora/benchmark.py"})
     found = [m for m in found if "if tokens % group_size:" not in m]

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sinklora import SFPattern, sf_attention, torch_ops
+from sinklora.settings import settings_text
 
 
 def op_args(tensors: list[Tensor], **given: Tensor) -> tuple[Any, ...]:
     sequences = [given.get(name) for name in ("cu_seqlens", "padding_mask", "position_ids")]
-    return (*tensors, torch_ops.settings_text(*PATTERN.settings, 0.25), *sequences)
+    return (*tensors, settings_text(*PATTERN.settings, 0.25), *sequences)
 
 
 def test_opcheck(torch_rng: torch.Generator) -> None:
