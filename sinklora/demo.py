@@ -31,6 +31,9 @@ from .folders import replaced_folder
 from .hf import patch
 from .tokenizer import byte_tokenizer
 
+# A model this narrow learns much faster from it than from the 0.02 that suits wide ones.
+INITIALIZER_RANGE = 0.06
+
 # begin(description, total) starts a progress bar and returns what advances it.
 Begin = Callable[[str, int], Callable[[int], None]]
 
@@ -92,6 +95,7 @@ class Demo:
             num_attention_heads=settings.num_heads,
             max_position_embeddings=settings.start_context,
             tie_word_embeddings=True,
+            initializer_range=INITIALIZER_RANGE,
             pad_token_id=self.tokenizer.pad_token_id,
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
@@ -129,7 +133,13 @@ class Demo:
         settings = self.settings
         set_seed(settings.seed)
         model = AutoModelForCausalLM.from_pretrained(self.folder / "start")
-        prepared = finetune.prepare(model, settings.context, pattern=pattern, lora_rank=settings.lora_rank)
+        prepared = finetune.prepare(
+            model,
+            settings.context,
+            pattern=pattern,
+            lora_rank=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+        )
         log = self.train(
             prepared,
             f"{name} at {settings.context} tokens",

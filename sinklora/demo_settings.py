@@ -22,13 +22,13 @@ class DemoSettings:
     group_size: int = 256
     num_sink_tokens: int = 4
     shifted_fraction: float = 0.25
-    start_steps: int = 600
+    start_steps: int = 350
     start_batch: int = 4
     start_learning_rate: float = 5e-3
     extend_steps: int = 400
     extend_batch: int = 1
     extend_learning_rate: float = 5e-3
-    lora_rank: int = 8
+    lora_rank: int = 16
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 8
