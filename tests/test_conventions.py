@@ -94,7 +94,7 @@ def test_the_inequality_is_written_in_one_header() -> None:
     assert not matches(shift, C_SOURCES, exempt)
     position = r"\b(q|k|t|i|x|position)\b\s*[/%]\s*[\w.>-]*group_size|%\s*[\w.>-]*group_size|group_size\s*\*"
     assert not matches(position, C_SOURCES, exempt)
-    # reference.py: the literal roll's check that whole groups fill the sequence. benchmark.py: the rival folds.
+    # benchmark.py folds for a rival; reference.py checks that whole groups fill a sequence to be rolled.
     python = r"%\s*(\w+\.)*group_size|group_size\s*\*|//\s*(\w+\.)*group_size"
     found = matches(python, PYTHON_SOURCES, exempt={"sinklora/benchmark.py"})
     assert not [match for match in found if "if tokens % group_size:" not in match]
