@@ -19,6 +19,9 @@ except ImportError as error:
         f"to the tree. Importing it said: {error}"
     ) from error
 
+# Child processes find the package that is tested, not the source tree that they are started in.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
+
 _SEED = pytest.StashKey[int]()
 
 
