@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Errors are one line on stderr; with --debug (or SINKLORA_DEBUG=1) their traceback comes first.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command = typer.main.get_command(build_app())
     try:
         status = command.main(args=given, prog_name="sinklora", standalone_mode=False)
@@ -66,7 +66,6 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         name="sinklora",
         help="Longer context for language models: SF-Attn training.",
-        no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},

@@ -25,7 +25,7 @@ class DemoSettings:
     start_steps: int = 350
     start_batch: int = 4
     start_learning_rate: float = 5e-3
-    extend_steps: int = 400
+    extend_steps: int = 500
     extend_batch: int = 1
     extend_learning_rate: float = 5e-3
     lora_rank: int = 16
@@ -86,4 +86,4 @@ class DemoSettings:
 
 # What --quick changes: less training and fewer files, so the numbers say little; it shows that everything
 # runs.
-QUICK = {"start_steps": 120, "extend_steps": 30, "validation_files": 6, "sample_tokens": 80}
+QUICK = {"start_steps": 70, "extend_steps": 50, "validation_files": 6, "sample_tokens": 80}

@@ -59,6 +59,11 @@ def test_help_shows_defaults(command: str, capsys: pytest.CaptureFixture[str]) -
         assert all(name in text for name in cli.COMMANDS)
 
 
+def test_nothing_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "Usage: sinklora" in capsys.readouterr().out
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     assert str(sinklora.info()["cpu_level"]) in capsys.readouterr().out

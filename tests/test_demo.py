@@ -1,33 +1,25 @@
-"""The demo's parts: text, tokenizer, evaluation, folder of results, and a very small run of the whole."""
+"""The demo's parts: text, tokenizer, table, and a very small run of the whole."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sinklora
 from sinklora import demo
 from sinklora.demo_data import Blocks, encode, library_files, read_texts, split_by_file
 from sinklora.demo_report import Results, cell_texts
 from sinklora.demo_settings import QUICK, DemoSettings
-from sinklora.evaluate import (
-    bootstrap_interval,
-    file_losses,
-    improvement_share,
-    mean_loss,
-    perplexity,
-    windows,
-)
-from sinklora.folders import replaced_folder
+from sinklora.evaluate import file_losses, perplexity
 from sinklora.tokenizer import byte_tokenizer
 
 TINY = DemoSettings(
@@ -109,81 +101,6 @@ def test_tokenizer_is_bytes_and_reopens(tmp_path: Path, seed: int) -> None:
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257, 258)
 
 
-@pytest.fixture(scope="module")
-def small_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize(("window", "stride"), [(8, 1), (8, 3), (8, 7), (64, 16), (2, 1)])
-def test_sliding_window_equals_one_token_at_a_time(
-    small_model: LlamaForCausalLM, torch_rng: torch.Generator, window: int, stride: int
-) -> None:
-    lengths = [1, 2, 7, 8, 9, 30]
-    files = [torch.randint(32, (length,), generator=torch_rng) for length in lengths]
-    found = file_losses(small_model, files, window, stride, tokens_per_batch=3 * window)
-    for tokens, losses in zip(files, found, strict=True):
-        assert losses.shape == (len(tokens) - 1,)
-        ends = [min(window, len(tokens))]
-        while ends[-1] < len(tokens):
-            ends.append(min(ends[-1] + stride, len(tokens)))
-        for target in range(1, len(tokens)):
-            begin = max(0, next(end for end in ends if end > target) - window)
-            assert target - begin <= window - 1
-            assert begin == 0 or target - begin >= window - stride
-            with torch.no_grad():
-                logits = small_model(input_ids=tokens[None, begin:target]).logits[0, -1]
-            expected = -logits.log_softmax(-1)[tokens[target]]
-            assert losses[target - 1].item() == pytest.approx(expected.item(), abs=1e-4)
-
-
-def test_evaluation_leaves_the_mode(small_model: LlamaForCausalLM) -> None:
-    small_model.train()
-    counted: list[int] = []
-    file_losses(small_model, [torch.arange(10)], 4, 2, on_tokens=counted.append)
-    assert small_model.training
-    small_model.eval()
-    assert sum(counted) == sum(w.end - w.begin for w in windows([10], 4, 2)) == 16
-
-
-@pytest.mark.parametrize(("window", "stride", "name"), [(1, 1, "window"), (8, 0, "stride"), (8, 8, "stride")])
-def test_windows_refuse(window: int, stride: int, name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
-        windows([10], window, stride)
-
-
-def test_share_of_the_improvement() -> None:
-    assert improvement_share(10.0, 6.0, 7.0) == pytest.approx(0.75)
-    assert improvement_share(10.0, 6.0, 6.0) == 1
-    assert improvement_share(10.0, 6.0, 12.0) == pytest.approx(-0.5)
-    assert improvement_share(10.0, 10.0, 9.0) is None
-    assert improvement_share(10.0, 11.0, 9.0) is None
-
-
-def test_bootstrap_resamples_files(rng: np.random.Generator) -> None:
-    reference = [torch.from_numpy(rng.normal(2, 1, size)) for size in (50, 200, 80, 120, 60, 90, 150, 70)]
-    same = [losses + 0.25 for losses in reference]
-    low, high = bootstrap_interval(same, reference)
-    assert low == pytest.approx(0.25)
-    assert high == pytest.approx(0.25)
-    # One file of eight is worse by 1: the mean is its share of the tokens; it may be drawn never or often.
-    one = [losses + (1.0 if i == 1 else 0.0) for i, losses in enumerate(reference)]
-    low, high = bootstrap_interval(one, reference, seed=1)
-    mean = mean_loss(one) - mean_loss(reference)
-    assert mean == pytest.approx(200 / 820)
-    assert low == 0 < mean < high < 1
-    assert (low, high) == bootstrap_interval(one, reference, seed=1)
-    assert perplexity([torch.full((4,), math.log(3.0))]) == pytest.approx(3.0)
-
-
 def test_table_says_none_where_full_does_not_improve() -> None:
     settings = DemoSettings()
     results = Results(settings)
@@ -226,40 +143,22 @@ def test_quick_names_settings() -> None:
     assert DemoSettings(start_context=200, context=1000).lengths() == [200, 400, 800, 1000]
 
 
-def test_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "results"
-    with pytest.raises(RuntimeError, match="half way"), replaced_folder(target, "marker") as folder:
-        (folder / "file").write_text("new")
-        raise RuntimeError("half way")
-    assert list(tmp_path.iterdir()) == []
-
-    with replaced_folder(target, "marker") as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "old").write_text("old")
-        (folder / "marker").write_text("1")
-    (target / "own notes").write_text("kept")
-    with replaced_folder(target, "marker") as folder:
-        (folder / "sub").mkdir()
-        (folder / "marker").write_text("2")
-    assert sorted(path.name for path in target.rglob("*")) == ["marker", "own notes", "sub"]
-    assert (target / "marker").read_text() == "2"
-    assert [path.name for path in tmp_path.iterdir()] == ["results"]
-
-    (target / "marker").unlink()
-    with pytest.raises(ValueError, match="holds other files"), replaced_folder(target, "marker"):
-        pass
-    with pytest.raises(ValueError, match="got the file"), replaced_folder(target / "own notes", "marker"):
-        pass
-
-
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
     output = tmp_path_factory.mktemp("demo") / "out"
     return demo.run(TINY, output), output
 
 
+def test_same_start_and_same_data_for_each_attention(tmp_path: Path) -> None:
+    # One group of the whole context, unshifted: SF-Attn is full attention, so nothing else may differ.
+    settings = dataclasses.replace(TINY, group_size=128, shifted_fraction=0.0)
+    losses = demo.run(settings, tmp_path / "out").losses
+    assert losses["SF-Attn"] == pytest.approx(losses["full"], abs=1e-4)
+    assert losses["full"][0] != losses["full"][1]
+
+
 def test_demo_writes_results(tiny_run: tuple[Results, Path]) -> None:
-    results, output = tiny_run
+    _, output = tiny_run
     found = json.loads((output / "results.json").read_text())
     assert found["settings"]["seed"] == TINY.seed
     assert [row["name"] for row in found["rows"]][2:] == ["full", "S2-Attn", "SF-Attn"]
@@ -270,9 +169,6 @@ def test_demo_writes_results(tiny_run: tuple[Results, Path]) -> None:
         "S2-Attn": 2,
         "SF-Attn": 2,
     }
-    # Same start and same data: before the first step only the attention differs.
-    first = {name: losses[0] for name, losses in results.losses.items() if name != "start"}
-    assert first["full"] == pytest.approx(first["SF-Attn"], abs=0.05)
     with (output / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["perplexity_128"]) for row in rows] == [
