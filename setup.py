@@ -40,7 +40,7 @@ def common_flags() -> list[str]:
     if flag("SINKLORA_DEBUG"):
         flags += ["-O0", "-g"]
     if flag("SINKLORA_SANITIZE"):
-        flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
     if flag("SINKLORA_WERROR"):
         flags += ["-Werror"]
     return flags
