@@ -22,7 +22,7 @@ import report
 import timing
 import tiny
 import torch
-from cases import (
+from shapes import (
     BOTH,
     FLOPS_PER_PAIR,
     FORWARD,

@@ -17,7 +17,7 @@ import report
 import rivals
 import timing
 import torch
-from cases import BOTH, FLOPS_PER_PAIR, FORWARD, Case, Inputs, make_call
+from shapes import BOTH, FLOPS_PER_PAIR, FORWARD, Case, Inputs, make_call
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

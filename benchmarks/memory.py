@@ -56,7 +56,7 @@ def measure(name: str, dtype: str, shape: str, direction: str, threads: int) -> 
 def main(arguments: list[str]) -> None:
     name, dtype, shape, direction, threads = arguments
     import torch
-    from cases import Case, Inputs, candidate, make_call
+    from shapes import Case, Inputs, candidate, make_call
 
     torch.set_num_threads(int(threads))
     case = Case.parse(dtype, shape)

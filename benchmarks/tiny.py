@@ -7,7 +7,7 @@ from collections.abc import Callable
 import report
 import timing
 import torch
-from cases import FORWARD, OURS, Case, Inputs
+from shapes import FORWARD, OURS, Case, Inputs
 from torch.nn.functional import scaled_dot_product_attention
 
 import sinklora

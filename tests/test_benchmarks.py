@@ -42,6 +42,7 @@ def run_script(name: str, *arguments: str) -> str:
         "PYTHONPATH": str(Path(sinklora.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
     }
+    environment.pop("PYTHONSAFEPATH", None)  # the scripts import their neighbours
     command = [sys.executable, str(BENCHMARKS / name), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -76,7 +77,7 @@ def test_s2_forms_compute_the_wrapped_s2_attention(load, heads: int, kv_heads: i
     )
     for form in (rivals.s2_one_batch, rivals.s2_parts):
         torch.testing.assert_close(form(query, key, value, group), expected)
-    case = load("cases").Case("float32", heads, kv_heads, tokens, 8, group)
+    case = load("shapes").Case("float32", heads, kv_heads, tokens, 8, group)
     for name, form in load("bench_rivals").forms(case).items():
         assert torch.allclose(form(query, key, value), expected, atol=1e-5), name
 
@@ -113,18 +114,18 @@ def test_the_flex_rival_computes_our_function(
 
 
 def test_dense_rival_and_pairs(load) -> None:
-    cases = load("cases")
-    case = cases.Case.parse("float32", "4/2/30/8/10")
+    shapes = load("shapes")
+    case = shapes.Case.parse("float32", "4/2/30/8/10")
     whole = sinklora.SFPattern(group_size=30, shifted_fraction=0.0, num_sink_tokens=0)
-    assert cases.candidate("dense", case).pairs == whole.mask(4, 30).sum()
+    assert shapes.candidate("dense", case).pairs == whole.mask(4, 30).sum()
     pattern = sinklora.SFPattern(group_size=10)
-    assert cases.candidate("sinklora", case).pairs == pattern.mask(4, 30).sum()
+    assert shapes.candidate("sinklora", case).pairs == pattern.mask(4, 30).sum()
 
 
 @pytest.mark.parametrize("shape", ["8/8/64/128", "8/8/64/0/8", "a/8/64/8/8"])
 def test_a_bad_shape_is_refused(load, shape: str) -> None:
     with pytest.raises(ValueError):
-        load("cases").Case.parse("float32", shape)
+        load("shapes").Case.parse("float32", shape)
 
 
 def test_interleave_takes_turns_and_counts(load) -> None:
@@ -172,29 +173,29 @@ def test_peak_memory_sees_what_was_freed_again(load) -> None:
     peak = memory.peak_extra_bytes(call)
     # A block kept by the allocator from before may serve part of it here; measure() starts a fresh process.
     assert 56 * MIB < peak < 80 * MIB
-    case = load("cases").Case.parse("float32", "4/4/4096/64/1024")
+    case = load("shapes").Case.parse("float32", "4/4/4096/64/1024")
     peak = memory.measure("s2_parts", "float32", "4/4/4096/64/1024", "forward", 1)
     assert case.output_bytes() < peak < 40 * MIB
 
 
 def test_bars_name_the_failing_case(load) -> None:
-    bench, report, cases = load("bench_attention"), load("report"), load("cases")
-    case = cases.Case.parse("float32", "8/2/8192/128/2048")
+    bench, report, shapes = load("bench_attention"), load("report"), load("shapes")
+    case = shapes.Case.parse("float32", "8/2/8192/128/2048")
 
     def judged(speed: float, extra: int) -> str:
-        rows = [report.Row.of(case, "attention", cases.BOTH, name) for name in ("sinklora", *cases.S2_FORMS)]
+        rows = [report.Row.of(case, "attention", shapes.BOTH, name) for name in ("sinklora", *shapes.S2_FORMS)]
         for row, seconds in zip(rows, (1.0, speed + 1, speed), strict=True):
             row.seconds = seconds
         rows[0].extra_bytes, rows[0].bound_bytes = extra, 100 * MIB
         bench.add_speedups(rows)
-        bench.judge(rows[0], case, cases.BOTH, 2)
+        bench.judge(rows[0], case, shapes.BOTH, 2)
         return rows[0].verdict
 
     assert judged(1.5, 100 * MIB) == "pass; pass"
     assert judged(1.49, 101 * MIB) == "FAIL; FAIL"
-    assert not bench.matching_bars(case, cases.BOTH, threads=1)
-    row = report.Row.of(case, "attention", cases.BOTH, "sinklora")
-    bench.judge(row, case, cases.BOTH, 2)
+    assert not bench.matching_bars(case, shapes.BOTH, threads=1)
+    row = report.Row.of(case, "attention", shapes.BOTH, "sinklora")
+    bench.judge(row, case, shapes.BOTH, 2)
     assert row.verdict == "not measured"
 
 
