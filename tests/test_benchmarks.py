@@ -29,6 +29,7 @@ SMALL = ("--dtypes", "float32", "--rounds", "1", "--threads", "1")
 def load(monkeypatch: pytest.MonkeyPatch):
     """Imports a module of benchmarks/ as its scripts do: from their own folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # child processes find it too
 
     def load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
