@@ -15,7 +15,8 @@ from sinklora import _C
 
 def in_fresh_python(code: str, warnings: str = "error") -> str:
     env = {"PYTHONPATH": ":".join(sys.path)}
-    command = [sys.executable, "-W", warnings, "-c", code]
+    # -P: the package that is tested, not the source tree that this may run in.
+    command = [sys.executable, "-P", "-W", warnings, "-c", code]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
@@ -83,7 +84,7 @@ print(sinklora.info()["cpu_level"], sinklora.sf_attention(x, x, x, sinklora.SFPa
 """
     env = {"SINKLORA_CPU": "mmx", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
     )
     lines = done.stdout.splitlines()
     assert lines[0] == lines[1]

@@ -184,7 +184,9 @@ def test_bars_name_the_failing_case(load) -> None:
     case = shapes.Case.parse("float32", "8/2/8192/128/2048")
 
     def judged(speed: float, extra: int) -> str:
-        rows = [report.Row.of(case, "attention", shapes.BOTH, name) for name in ("sinklora", *shapes.S2_FORMS)]
+        rows = [
+            report.Row.of(case, "attention", shapes.BOTH, name) for name in ("sinklora", *shapes.S2_FORMS)
+        ]
         for row, seconds in zip(rows, (1.0, speed + 1, speed), strict=True):
             row.seconds = seconds
         rows[0].extra_bytes, rows[0].bound_bytes = extra, 100 * MIB

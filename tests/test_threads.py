@@ -135,7 +135,7 @@ sys.exit(0 if status == 0 else 100 + abs(status))
 def test_fork(case: str) -> None:
     """A child computes after its parent did, with our threads or with torch's, whose pool is dead there."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK, *case.split()],
+        [sys.executable, "-P", "-W", "ignore", "-c", FORK, *case.split()],
         env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True,
         text=True,
