@@ -25,8 +25,10 @@ def check_rule(shape: Case, dtype: torch.dtype, generator: torch.Generator) -> N
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_rule(shape: Case, dtype: torch.dtype) -> None:
-    # The rule compares two maxima over random numbers. Where few elements are large their ratio scatters, and
-    # one draw in a hundred breaks the rule whatever the kernel: the draws here are always the same.
+    # The rule compares two maxima over random numbers; where few elements are large, their ratio scatters.
+    # For the smallest shapes a few draws in a hundred exceed it (bfloat16, N = 63, D = 16, G = 1, not causal:
+    # 2 to 3 of 60 seeds, by up to 1.8 times), so the draws here are always the same; the slow sweep draws
+    # anew.
     check_rule(shape, dtype, torch.Generator().manual_seed(zlib.crc32(str(shape).encode())))
 
 
