@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C, threads
 from .ops import check_pattern, check_scale
@@ -82,7 +83,11 @@ def attend(
         settings = settings_text(*_static((*pattern.settings, scale)))
     else:
         settings = cached_settings_text(*pattern.settings, scale)
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    # Within forward-mode differentiation (torch has no public name for the question) the operator would drop
+    # tangents silently; the autograd.Function refuses them.
+    if forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    ):
         # torch.compile refuses one tensor passed twice to an autograd.Function; a view is another tensor.
         if key is query:
             key = key.view_as(key)

@@ -213,3 +213,23 @@ def test_large_scores_do_not_overflow(cpu_level: str) -> None:
     output, lse = forward(query, -key.abs() - 100, value, SFPattern(16))
     assert_close(output, torch.ones_like(output), 1e-5)
     assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [3e38, -3e38])
+def test_the_largest_scales_leave_zero_scores_zero(cpu_level: str, scale: float) -> None:
+    query = torch.zeros(1, 2, 5, 8, requires_grad=True)
+    key, value = torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8)
+    output, lse = forward(query, key, value, SFPattern(8), scale=scale)
+    assert_close(output, torch.ones_like(output), 1e-5)
+    assert_close(lse, torch.arange(1, 6).log().expand(1, 2, 5), 1e-5)
+    output.sum().backward()
+    assert query.grad is not None and query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [2**40, 2**57])
+def test_an_empty_batch_needs_no_memory(tokens: int) -> None:
+    query = torch.empty(0, 2, tokens, 8, requires_grad=True)
+    output, lse = forward(query, query, query, SFPattern(2**60, 2**60, causal=False))
+    assert output.shape == query.shape and lse.shape == query.shape[:3]
+    output.sum().backward()
+    assert query.grad is not None and query.grad.shape == query.shape

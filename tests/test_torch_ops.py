@@ -9,6 +9,7 @@ import torch
 from accuracy import assert_close, assert_same_bits
 from attention_support import PATTERN, gradients, make
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from sinklora import SFPattern, sf_attention, torch_ops
@@ -129,6 +130,18 @@ def test_differentiating_twice_raises(torch_rng: torch.Generator) -> None:
         (grad,) = torch.autograd.grad((output * weight).sum(), query, create_graph=True)
         with pytest.raises(RuntimeError, match="cannot be differentiated again"):
             (grad.sum() + query.sum()).backward()
+
+
+def test_forward_mode_raises(torch_rng: torch.Generator) -> None:
+    """Forward-mode differentiation has no formula here: zeros instead of tangents would be a wrong result."""
+    query, key, value = make(torch_rng)
+    with forward_ad.dual_level():
+        assert_same_bits(sf_attention(query, key, value, PATTERN), sf_attention(query, key, value, PATTERN))
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(RuntimeError, match="forward"):
+            sf_attention(dual, key, value, PATTERN)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda x: sf_attention(x, key, value, PATTERN), (query,), (query,))
 
 
 def test_lse_is_not_differentiable(torch_rng: torch.Generator) -> None:

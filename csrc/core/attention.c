@@ -231,21 +231,27 @@ enum sl_status sl_attention_backward_check(const struct sl_attention_args *a, st
     return check_like("grad_value", &a->grad_value, &a->value, true, err);
 }
 
+// No batch rows or no tokens: nothing to compute, and the other sizes may be anything, so that sizing scratch
+// memory by them would ask for terabytes or overflow.
+static bool is_empty(const struct sl_attention_args *args) {
+    return sl_tensor_count(&args->query) == 0;
+}
+
 // One device so far: the check refuses every other.
 int64_t sl_attention_forward_workspace(const struct sl_attention_args *args, int n_thread) {
-    return sl_cpu_attention_forward_workspace(args, n_thread);
+    return is_empty(args) ? 0 : sl_cpu_attention_forward_workspace(args, n_thread);
 }
 
 int64_t sl_attention_backward_workspace(const struct sl_attention_args *args, int n_thread) {
-    return sl_cpu_attention_backward_workspace(args, n_thread);
+    return is_empty(args) ? 0 : sl_cpu_attention_backward_workspace(args, n_thread);
 }
 
 enum sl_status sl_attention_forward(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
                                     int n_thread, struct sl_error *err) {
-    return sl_cpu_attention_forward(args, workspace, n_byte, n_thread, err);
+    return is_empty(args) ? SL_OK : sl_cpu_attention_forward(args, workspace, n_byte, n_thread, err);
 }
 
 enum sl_status sl_attention_backward(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
                                      int n_thread, struct sl_error *err) {
-    return sl_cpu_attention_backward(args, workspace, n_byte, n_thread, err);
+    return is_empty(args) ? SL_OK : sl_cpu_attention_backward(args, workspace, n_byte, n_thread, err);
 }

@@ -133,7 +133,7 @@ static void run_block(const struct sl_plan *plan, const struct sl_unit *unit, in
     const struct sl_cpu_kernels *kernels = plan->kernels;
     const int64_t d = plan->d_head, lanes = kernels->n_lane, pair = kernels->pair, n_kword = d / pair;
     const int64_t panel = key_rows(n_key) / pair * 8, tile = n_kword * lanes;
-    const float scale2 = fmaxf(fabsf((float)plan->args->scale) * LOG2_E, FLT_MIN);
+    const float scale2 = sl_plan_scale2(plan);
     const int64_t ahead =
         unit->n_sink + unit->queries.lo + q->i - unit->keys.lo; // row of the block's first query
     const int64_t block_end = unit->diagonal ? ahead + q->n : n_key;

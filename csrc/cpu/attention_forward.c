@@ -7,7 +7,6 @@
 #include <float.h>
 #include <math.h>
 
-static const float LOG2_E = 1.44269504088896341f;
 static const float LN_2 = 0.693147180559945309f;
 
 struct forward {
@@ -88,7 +87,7 @@ static void run_head(const struct sl_plan *plan, const struct sl_item *item, con
     const struct sl_rows query = sl_plan_rows(&a->query, item->sequence, h, 0, unit->queries.lo, n_query);
     const struct sl_rows output = sl_plan_rows(&a->output, item->sequence, h, 0, unit->queries.lo, n_query);
     float *lse = (float *)a->lse.data + (item->sequence->batch * plan->n_head + h) * plan->n_token;
-    const float scale2 = fmaxf(fabsf((float)a->scale) * LOG2_E, FLT_MIN);
+    const float scale2 = sl_plan_scale2(plan);
     for (int64_t i = 0; i < n_query; i += lanes) {
         const int64_t n = sl_min(lanes, n_query - i);
         // Rows after the tile's last query hide behind the diagonal.

@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <float.h>
+#include <math.h>
 #include <string.h>
 
 enum {
@@ -15,6 +17,11 @@ static int64_t div_up(int64_t a, int64_t b) {
 
 static int64_t ratio(const struct sl_plan *plan) {
     return plan->n_head / plan->n_head_kv;
+}
+
+float sl_plan_scale2(const struct sl_plan *plan) {
+    const float log2_e = 1.44269504088896341f;
+    return fminf(fmaxf(fabsf((float)plan->args->scale) * log2_e, FLT_MIN), FLT_MAX);
 }
 
 bool sl_plan_has_sink_queries(const struct sl_plan *plan) {
@@ -174,8 +181,8 @@ void sl_plan_init(struct sl_plan *plan, const struct sl_attention_args *args, in
 
 int sl_plan_threads(const struct sl_attention_args *args, int n_thread) {
     const int64_t *shape = args->query.shape;
-    const double keys =
-        (double)sl_min(sl_min(args->pattern.group_size, shape[2]) + args->pattern.n_sink, shape[2]);
+    const double keys = (double)sl_min(
+        sl_min(args->pattern.group_size, shape[2]) + sl_min(args->pattern.n_sink, shape[2]), shape[2]);
     const double work = (double)(shape[0] * shape[1] * shape[2] * shape[3]) * keys;
     return (int)sl_max(1, sl_min(n_thread, 1 + (int64_t)(work / THREAD_WORK)));
 }

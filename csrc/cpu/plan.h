@@ -103,6 +103,10 @@ int64_t sl_plan_partial_bound(const struct sl_plan *plan);
 int64_t sl_plan_max_keys(const struct sl_plan *plan);
 int64_t sl_plan_max_queries(const struct sl_plan *plan);
 
+// What scores are multiplied by for exp2: |scale| * log2(e), positive and finite, because 0 times it must be
+// 0, and it times the lowest float no NaN. The sign of scale is in the packed queries.
+float sl_plan_scale2(const struct sl_plan *plan);
+
 // Zeroes the rows of padded tokens in a tensor of heads; does nothing without a padding mask.
 void sl_plan_zero_padding(const struct sl_plan *plan, const struct sl_tensor *tensor);
 
