@@ -7,6 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"sinklora: its compiled extension cannot be imported from {__path__[0]} ({error}). If that is the "
+        "source tree, start Python in another folder, so that the installed package is found, or build in "
+        "place: python setup.py build_ext --inplace"
+    ) from error
+
 from .about import info
 from .ops import sf_attention
 from .pattern import SFPattern
