@@ -1,4 +1,4 @@
-"""Longer context for language models: SF-Attn training and an H2O key/value cache.
+"""Longer context for language models: training with SF-Attn in place of quadratic attention.
 
 Importing sinklora needs NumPy only; torch and transformers are imported when a name that needs them is used.
 """
