@@ -1,4 +1,4 @@
-"""Longer context for language models: SF-Attn training and an H2O key/value cache.
+"""Longer context for language models: training with SF-Attn in place of quadratic attention.
 
 Importing sinklora needs NumPy only; torch and transformers are imported when a name that needs them is used.
 """
@@ -6,6 +6,15 @@ Importing sinklora needs NumPy only; torch and transformers are imported when a 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"sinklora: its compiled extension cannot be imported from {__path__[0]} ({error}). If that is the "
+        "source tree, start Python in another folder, so that the installed package is found, or build in "
+        "place: python setup.py build_ext --inplace"
+    ) from error
 
 from .about import info
 from .ops import sf_attention

@@ -195,7 +195,10 @@ class Demo:
         expected = _logits(model, tokens)
         adapter = str(self.folder / "adapter")
         # The adapter belongs on interpolated positions, and "base" has them. It holds the embeddings already.
-        model.peft_config["default"].base_model_name_or_path = str(self.final_folder / "base")
+        # Both PEFT's settings and the model card that it writes name the folder as it will be.
+        base_folder = str(self.final_folder / "base")
+        model.peft_config["default"].base_model_name_or_path = base_folder
+        model.get_base_model().config.name_or_path = base_folder
         model.save_pretrained(adapter, save_embedding_layers=False)
 
         base = AutoModelForCausalLM.from_pretrained(self.folder / "base")

@@ -233,3 +233,18 @@ def test_an_empty_batch_needs_no_memory(tokens: int) -> None:
     assert output.shape == query.shape and lse.shape == query.shape[:3]
     output.sum().backward()
     assert query.grad is not None and query.grad.shape == query.shape
+
+
+@pytest.mark.parametrize("size", [1e8, 1e12])
+def test_huge_scores_choose_one_key(cpu_level: str, size: float) -> None:
+    """The softmax of scores far apart is 1 at the largest, exactly, and so is its gradient."""
+    rng = torch.Generator().manual_seed(0)  # other numbers may hold scores too close for float32 to order
+    query, key, value = (torch.randn(1, 1, 40, 64, generator=rng) for _ in range(3))
+    query, key = query * size**0.5, key * size**0.5
+    value.requires_grad_()
+    output, _ = forward(query, key, value, SFPattern(64, 0, 0.0))
+    wanted = exact(query, key, value, SFPattern(64, 0, 0.0), torch.ones_like(query)).output
+    assert_close(output.detach(), wanted, 1e-5)
+    (grad,) = torch.autograd.grad(output.sum(), value)
+    # Every query gives all its weight, so the weights of all keys sum to the number of queries.
+    assert_close(grad.sum(2), torch.full((1, 1, 64), 40.0), 1e-4)

@@ -169,6 +169,9 @@ def test_demo_writes_results(tiny_run: tuple[Results, Path]) -> None:
         "S2-Attn": 2,
         "SF-Attn": 2,
     }
+    card = (output / "adapter" / "README.md").read_text()
+    assert str(output / "base") in card
+    assert "partial" not in card
     with (output / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["perplexity_128"]) for row in rows] == [

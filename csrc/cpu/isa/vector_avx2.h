@@ -32,9 +32,6 @@ INLINE vf v_mul(vf a, vf b) {
 INLINE vf v_fma(vf a, vf b, vf c) { // a * b + c
     return _mm256_fmadd_ps(a, b, c);
 }
-INLINE vf v_fms(vf a, vf b, vf c) { // a * b - c
-    return _mm256_fmsub_ps(a, b, c);
-}
 INLINE vf v_max(vf a, vf b) { // b where either is NaN
     return _mm256_max_ps(a, b);
 }

@@ -46,10 +46,6 @@ INLINE vf v_fma(vf a, vf b, vf c) { // a * b + c, rounded once or twice as the c
     EACH c.x[i_] += a.x[i_] * b.x[i_];
     return c;
 }
-INLINE vf v_fms(vf a, vf b, vf c) { // a * b - c
-    EACH a.x[i_] = a.x[i_] * b.x[i_] - c.x[i_];
-    return a;
-}
 INLINE vf v_max(vf a, vf b) { // b where either is NaN
     EACH a.x[i_] = a.x[i_] > b.x[i_] ? a.x[i_] : b.x[i_];
     return a;
