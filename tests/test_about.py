@@ -92,3 +92,20 @@ print(sinklora.info()["cpu_level"], sinklora.sf_attention(x, x, x, sinklora.SFPa
     assert "portable" in lines[0]
     assert "mmx" in lines[0]
     assert lines[2] == "portable 32.0"
+
+
+def test_an_unknown_thread_pool_says_so_at_the_first_call() -> None:
+    code = """
+import numpy as np, sinklora
+x = np.zeros((1, 1, 4, 8), np.float32)
+for call in (sinklora.info, lambda: sinklora.sf_attention(x, x, x, sinklora.SFPattern(4))):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    env = {"SINKLORA_THREADS": "mine", "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == ['SINKLORA_THREADS: expected openmp or own, got "mine"'] * 2

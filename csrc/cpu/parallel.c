@@ -38,6 +38,7 @@ static void take_items(struct job *job) {
 typedef void (*parallel_region)(void (*body)(void *), void *data, unsigned n_thread, unsigned flags);
 
 static atomic_bool forked;
+static atomic_bool own_wanted; // SINKLORA_THREADS=own
 
 static void in_omp_thread(void *data) {
     take_items(data);
@@ -53,17 +54,6 @@ static parallel_region find_openmp(void) {
     parallel_region region;
     memcpy(&region, &address, sizeof region);
     return region;
-}
-
-static bool wants_own_pool(void) {
-    static atomic_int wanted = -1;
-    int own = atomic_load_explicit(&wanted, memory_order_relaxed);
-    if (own < 0) {
-        const char *choice = getenv("SINKLORA_THREADS");
-        own = choice && strcmp(choice, "own") == 0;
-        atomic_store_explicit(&wanted, own, memory_order_relaxed);
-    }
-    return own;
 }
 
 // ---- the own pool ----
@@ -156,9 +146,16 @@ static void watch_forks(void) {
     pthread_atfork(NULL, NULL, after_fork_in_child);
 }
 
-void sl_parallel_init(void) {
+enum sl_status sl_parallel_init(struct sl_error *err) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, watch_forks);
+    const char *choice = getenv("SINKLORA_THREADS");
+    const bool own = choice && strcmp(choice, "own") == 0;
+    if (choice && *choice && !own && strcmp(choice, "openmp") != 0) {
+        return sl_error_set(err, SL_INVALID, "SINKLORA_THREADS: expected openmp or own, got \"%s\"", choice);
+    }
+    atomic_store(&own_wanted, own);
+    return SL_OK;
 }
 
 void sl_parallel_for(int64_t n_item, int n_thread, void (*work)(void *, int64_t, int), void *context) {
@@ -170,7 +167,8 @@ void sl_parallel_for(int64_t n_item, int n_thread, void (*work)(void *, int64_t,
         take_items(&job);
         return;
     }
-    const parallel_region region = wants_own_pool() || atomic_load(&forked) ? NULL : find_openmp();
+    const bool own = atomic_load(&own_wanted) || atomic_load(&forked);
+    const parallel_region region = own ? NULL : find_openmp();
     if (region) {
         region(in_omp_thread, &job, (unsigned)n_thread, 0);
     } else {

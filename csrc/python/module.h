@@ -22,6 +22,8 @@ struct sl_state {
     // SINKLORA_CPU named a level that is not available: every kernel call raises this until one is selected.
     bool cpu_refused;
     struct sl_error cpu_error;
+    bool threads_refused; // SINKLORA_THREADS likewise
+    struct sl_error threads_error;
 };
 
 struct sl_state *sl_state_of(PyObject *module);

@@ -8,12 +8,16 @@
 #include <stdlib.h>
 
 void sl_cpu_init(struct sl_state *state) {
-    sl_parallel_init();
+    state->threads_refused = sl_parallel_init(&state->threads_error) != SL_OK;
     const char *name = getenv("SINKLORA_CPU");
     state->cpu_refused = sl_cpu_level_select(name, &state->cpu_error) != SL_OK;
 }
 
 int sl_cpu_require(const struct sl_state *state) {
+    if (state->threads_refused) {
+        sl_raise(SL_INVALID, &state->threads_error);
+        return -1;
+    }
     if (state->cpu_refused) {
         sl_raise(SL_INVALID, &state->cpu_error);
         return -1;
