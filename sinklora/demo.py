@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
 )
@@ -196,9 +197,9 @@ class Demo:
         adapter = str(self.folder / "adapter")
         # The adapter belongs on interpolated positions, and "base" has them. It holds the embeddings already.
         # Both PEFT's settings and the model card that it writes name the folder as it will be.
-        base_folder = str(self.final_folder / "base")
-        model.peft_config["default"].base_model_name_or_path = base_folder
-        model.get_base_model().config.name_or_path = base_folder
+        base_model = cast(PreTrainedModel, model.get_base_model())
+        base_model.name_or_path = base_model.config.name_or_path = str(self.final_folder / "base")
+        model.peft_config["default"].base_model_name_or_path = base_model.name_or_path
         model.save_pretrained(adapter, save_embedding_layers=False)
 
         base = AutoModelForCausalLM.from_pretrained(self.folder / "base")
