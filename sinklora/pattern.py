@@ -63,10 +63,6 @@ class SFPattern:
         settings = (self.group_size, shift, self.num_sink_tokens, self.shifted_fraction, self.causal)
         put(self, "settings", settings)
 
-    def resolve(self) -> Settings:
-        """``settings``: what the pattern means once ``shift`` is filled in."""
-        return self.settings
-
     @classmethod
     def from_ratio(
         cls,
