@@ -4,11 +4,10 @@
 #ifndef SL_ATTENTION_H
 #define SL_ATTENTION_H
 
+#include "check.h"
 #include "pattern.h"
 #include "status.h"
 #include "tensor.h"
-
-enum { SL_MAX_HEAD_DIM = 256 };
 
 // All tensors of one call lie on one device; query, key, value, output and the gradients share one dtype of
 // float32, bfloat16, float16. The last dimension of each is contiguous. Outputs must not overlap inputs or
