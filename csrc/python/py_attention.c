@@ -1,9 +1,9 @@
 // attention_forward and attention_backward: borrow, check, find scratch memory, compute without the GIL.
-#include "borrow.h"
+#include "workspace.h"
 
 #include "../core/attention.h"
 
-enum { MAX_TENSORS = 12, N_OPTIONAL = 3, N_SETTINGS = 8, STACK_WORKSPACE = 65536 };
+enum { MAX_TENSORS = 12, N_OPTIONAL = 3, N_SETTINGS = 8 };
 
 // Positional tensor arguments in order, each with the member it fills.
 struct argument {
@@ -64,35 +64,15 @@ static int borrow_all(struct sl_state *state, const struct direction *direction,
     return 0;
 }
 
-// n_byte bytes of the caller's library from allocate(n_byte). *owner is a new reference that keeps them.
-static void *allocate_workspace(struct sl_state *state, PyObject *allocate, int64_t n_byte, PyObject **owner,
-                                struct sl_hold *hold) {
-    struct sl_tensor tensor;
-    *owner = PyObject_CallFunction(allocate, "L", (long long)n_byte);
-    if (!*owner || sl_borrow(state, *owner, "allocate", &tensor, hold) < 0) {
-        return NULL;
-    }
-    const bool dense = tensor.n_dim == 1 && (tensor.shape[0] == 1 || tensor.stride[0] == 1);
-    if (!dense || tensor.dtype != SL_U8 || tensor.device_type != SL_DEVICE_CPU || tensor.shape[0] < n_byte ||
-        tensor.read_only || !tensor.data) {
-        PyErr_Format(PyExc_ValueError,
-                     "allocate: expected %lld writable contiguous uint8 in one dimension, got %R",
-                     (long long)n_byte, *owner);
-        return NULL;
-    }
-    return tensor.data;
-}
-
 static int compute(struct sl_state *state, const struct direction *direction,
                    const struct sl_attention_args *args, int n_thread, PyObject *allocate) {
-    // Small calls are bound by overhead: their scratch memory is not worth a Python call.
-    _Alignas(64) char small[STACK_WORKSPACE];
+    _Alignas(64) char small[SL_STACK_WORKSPACE];
     void *workspace = small;
     PyObject *owner = NULL;
     struct sl_hold hold = {0};
     const int64_t n_byte = direction->workspace(args, n_thread);
-    if (n_byte > STACK_WORKSPACE) {
-        workspace = allocate_workspace(state, allocate, n_byte, &owner, &hold);
+    if (n_byte > SL_STACK_WORKSPACE) {
+        workspace = sl_allocate_workspace(state, allocate, n_byte, &owner, &hold);
     }
     int rc = -1;
     if (workspace) {
