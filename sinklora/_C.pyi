@@ -56,6 +56,18 @@ def attention_backward(
     allocate: Callable[[int], Any],
     /,
 ) -> None: ...
+def causal_forward(
+    query: Any,  # [B, H, n_query, D]: the last n_query of n_key tokens
+    key: Any,  # [B, Hkv, n_key, D]
+    value: Any | None,  # like key; None, and output None: lse alone
+    output: Any | None,  # like query, written
+    lse: Any,  # float32 [B, H, n_query], contiguous, written
+    padding_mask: Any | None,  # bool [B, n_key]; the last n_query columns are the queries'
+    scale: float,
+    num_threads: int,
+    allocate: Callable[[int], Any],
+    /,
+) -> None: ...
 def pattern_mask(
     output: Any,  # bool [num_heads, num_tokens, num_tokens], written
     group_size: int,

@@ -5,12 +5,15 @@
 
 #include <math.h>
 
-static enum sl_status check_query_key_value(const struct sl_attention_args *a, struct sl_error *err) {
+static enum sl_status check_query_key(const struct sl_attention_args *a, struct sl_error *err) {
     SL_TRY(sl_check_query_key(&a->query, &a->key, err));
     const int64_t *q = a->query.shape, *k = a->key.shape;
-    const int64_t like_query[4] = {q[0], k[1], q[2], q[3]};
-    SL_TRY(sl_check_shape("key", &a->key, 4, like_query, err));
-    return sl_check_like("value", &a->value, &a->key, false, err);
+    if (a->n_past < 0) {
+        return sl_error_set(err, SL_INVALID, "key: expected at least the query's %lld tokens, got %lld",
+                            (long long)q[2], (long long)k[2]);
+    }
+    const int64_t with_past[4] = {q[0], k[1], a->n_past + q[2], q[3]};
+    return sl_check_shape("key", &a->key, 4, with_past, err);
 }
 
 static enum sl_status check_cu_seqlens(const struct sl_attention_args *a, struct sl_error *err) {
@@ -57,11 +60,16 @@ static enum sl_status check_sequences(const struct sl_attention_args *a, struct 
             "%s: expected at most one of cu_seqlens, padding_mask and position_ids, got %d of them",
             sl_tensor_given(&a->cu_seqlens) ? "cu_seqlens" : "padding_mask", given);
     }
+    if (a->n_past > 0 && (sl_tensor_given(&a->cu_seqlens) || sl_tensor_given(&a->position_ids))) {
+        return sl_error_set(err, SL_INVALID, "%s: expected as many queries as keys, got %lld and %lld",
+                            sl_tensor_given(&a->cu_seqlens) ? "cu_seqlens" : "position_ids",
+                            (long long)a->query.shape[2], (long long)a->key.shape[2]);
+    }
     if (sl_tensor_given(&a->cu_seqlens)) {
         return check_cu_seqlens(a, err);
     }
     const int64_t n_batch = a->query.shape[0];
-    int64_t shape[2] = {n_batch, a->query.shape[2]};
+    int64_t shape[2] = {n_batch, a->key.shape[2]};
     if (sl_tensor_given(&a->padding_mask)) {
         SL_TRY(sl_check_dtype("padding_mask", &a->padding_mask, SL_BOOL, err));
         SL_TRY(sl_check_shape("padding_mask", &a->padding_mask, 2, shape, err));
@@ -94,15 +102,30 @@ static enum sl_status check_lse(const struct sl_attention_args *a, bool written,
 
 enum sl_status sl_attention_forward_check(const struct sl_attention_args *a, struct sl_error *err) {
     SL_TRY(check_settings(a, err));
-    SL_TRY(check_query_key_value(a, err));
+    SL_TRY(check_query_key(a, err));
+    if (sl_tensor_given(&a->value) != sl_tensor_given(&a->output)) {
+        const bool value = sl_tensor_given(&a->value);
+        return sl_error_set(err, SL_INVALID, "%s: expected an array, as %s is given, got none",
+                            value ? "output" : "value", value ? "value" : "output");
+    }
+    if (sl_tensor_given(&a->value)) {
+        SL_TRY(sl_check_like("value", &a->value, &a->key, false, err));
+    }
     SL_TRY(check_sequences(a, err));
-    SL_TRY(sl_check_like("output", &a->output, &a->query, true, err));
+    if (sl_tensor_given(&a->output)) {
+        SL_TRY(sl_check_like("output", &a->output, &a->query, true, err));
+    }
     return check_lse(a, true, err);
 }
 
 enum sl_status sl_attention_backward_check(const struct sl_attention_args *a, struct sl_error *err) {
     SL_TRY(check_settings(a, err));
-    SL_TRY(check_query_key_value(a, err));
+    SL_TRY(check_query_key(a, err));
+    if (a->n_past > 0) {
+        return sl_error_set(err, SL_INVALID, "key: expected the query's %lld tokens, got %lld",
+                            (long long)a->query.shape[2], (long long)a->key.shape[2]);
+    }
+    SL_TRY(sl_check_like("value", &a->value, &a->key, false, err));
     SL_TRY(check_sequences(a, err));
     SL_TRY(sl_check_like("output", &a->output, &a->query, false, err));
     SL_TRY(check_lse(a, false, err));

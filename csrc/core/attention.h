@@ -1,6 +1,6 @@
 // SF-Attn's operation: its arguments, the one check of them, and the dispatch by device.
 //
-// Sizes: n_batch, n_head (query heads), n_head_kv (divides n_head), n_token, d_head.
+// Sizes: n_batch, n_head (query heads), n_head_kv (divides n_head), n_token, n_past, d_head.
 #ifndef SL_ATTENTION_H
 #define SL_ATTENTION_H
 
@@ -14,9 +14,10 @@
 // each other (not checked). The operation owns nothing here.
 struct sl_attention_args {
     struct sl_tensor query;  // [n_batch, n_head, n_token, d_head]
-    struct sl_tensor key;    // [n_batch, n_head_kv, n_token, d_head]
+    struct sl_tensor key;    // [n_batch, n_head_kv, n_past + n_token, d_head]
     struct sl_tensor value;  // like key
-    struct sl_tensor output; // like query; written by forward, read by backward
+    struct sl_tensor output; // like query; written by forward, read by backward; forward without value and
+                             // output writes lse alone
     struct sl_tensor lse;    // float32 [n_batch, n_head, n_token], contiguous; likewise
 
     // Backward only; absent (n_dim 0) in forward.
@@ -27,9 +28,14 @@ struct sl_attention_args {
 
     // At most one of these three is given; without any, each batch row is one sequence.
     struct sl_tensor cu_seqlens;   // int32 [n_sequence + 1], n_batch == 1: 0 = first <= ... <= last = n_token
-    struct sl_tensor padding_mask; // bool [n_batch, n_token], true = kept
+    struct sl_tensor padding_mask; // bool [n_batch, n_past + n_token], true = kept
     struct sl_tensor position_ids; // int64 [n_batch or 1, n_token]: a sequence starts at token 0 and wherever
                                    // a position is not greater than the one before
+
+    // Keys before the first query: the queries are the last n_token of the sequence (with a padding mask: the
+    // last n_token columns, of which the kept ones count). 0 in the backward, and with cu_seqlens or
+    // position_ids.
+    int64_t n_past;
 
     struct sl_pattern pattern;
     double scale; // finite; multiplies query . key
@@ -48,10 +54,10 @@ enum sl_status sl_attention_backward_check(const struct sl_attention_args *args,
 int64_t sl_attention_forward_workspace(const struct sl_attention_args *args, int n_thread);
 int64_t sl_attention_backward_workspace(const struct sl_attention_args *args, int n_thread);
 
-// output and lse from query, key, value. workspace holds n_byte bytes, at least what was asked for above with
-// the same args and n_thread. The same inputs give the same bits for every n_thread. args passed the check.
-// SL_RUNTIME where the sequence tensors were written to since the workspace was sized; then no output was
-// written.
+// output (where given) and lse from query, key, value. workspace holds n_byte bytes, at least what was asked
+// for above with the same args and n_thread. The same inputs give the same bits for every n_thread. args
+// passed the check. SL_RUNTIME where the sequence tensors were written to since the workspace was sized; then
+// no output was written.
 enum sl_status sl_attention_forward(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
                                     int n_thread, struct sl_error *err) SL_MUST_CHECK;
 

@@ -118,8 +118,7 @@ static void pack_queries(const struct sl_plan *plan, const struct sl_item *item,
     kernels->dot_rows(&output, &q->grad, d, q->i, q->n, b->delta);
     for (int64_t l = 0; l < n_tile * lanes; l++) {
         if (l < q->n) {
-            const int64_t x = q->query.start + q->i + l;
-            b->lse2[l] = lse[q->query.index ? q->query.index[x] : q->query.first + x] * LOG2_E;
+            b->lse2[l] = lse[sl_rows_token(&q->query, q->i + l)] * LOG2_E;
         } else { // lanes beyond the queries: probability 0
             b->lse2[l] = FLT_MAX;
             b->delta[l] = 0.0f;
@@ -217,7 +216,7 @@ static void finish_unit(const struct backward *w, const struct sl_item *item, co
             add_row(partial + x * d_pad, dk, d_pad);
             add_row(partial + (sink + x) * d_pad, dv, d_pad);
         } else if (has_accumulator(w, hk)) {
-            float *row = accumulator_row(w, s->batch, hk, s->index ? s->index[x] : s->first + x);
+            float *row = accumulator_row(w, s->batch, hk, sl_rows_token(&grad_key, r));
             if (w->phase == 0) {
                 memcpy(row, dk, (size_t)d_pad * sizeof *row);
                 memcpy(row + d_pad, dv, (size_t)d_pad * sizeof *row);
@@ -281,7 +280,8 @@ static void convert_item(void *context, int64_t i, int worker) {
     const struct sl_plan *plan = &w->plan;
     const struct sl_attention_args *a = plan->args;
     const int64_t n_block = (plan->n_token + CONVERT_ROWS - 1) / CONVERT_ROWS;
-    const struct sl_sequence row_of_batch = {i / (n_block * w->n_accumulated), 0, plan->n_token, NULL, 0, 0};
+    const struct sl_sequence row_of_batch = {
+        i / (n_block * w->n_accumulated), 0, 0, plan->n_token, NULL, 0, 0};
     const int64_t b = row_of_batch.batch, hk = w->accumulated_from + i / n_block % w->n_accumulated;
     const int64_t first = i % n_block * CONVERT_ROWS, end = sl_min(first + CONVERT_ROWS, plan->n_token);
     const struct sl_rows grad_key = sl_plan_rows(&a->grad_key, &row_of_batch, hk, 0, 0, plan->n_token);

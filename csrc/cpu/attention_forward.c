@@ -1,6 +1,6 @@
 // SF-Attn forward. Each unit packs the keys and values that its queries may see once, for all its query
 // heads; then every tile of queries walks them in steps of SL_KEY_TILE with an online softmax. Sinks are the
-// first rows of the packed keys, so they share the one softmax.
+// first rows of the packed keys, so they share the one softmax. Without an output, values are left alone.
 #include "parallel.h"
 #include "plan.h"
 
@@ -18,7 +18,7 @@ struct forward {
 // A worker's memory.
 struct buffers {
     sl_word *k_rows;   // [n_key_rows][n_kword]
-    sl_word *v_panels; // [d / 8][n_key_rows / pair][8]
+    sl_word *v_panels; // [d / 8][n_key_rows / pair][8]; like sums, only where there is an output
     sl_word *q_lanes;  // [n_kword][n_lane]
     float *sums;       // [d][n_lane]
     float *scores;     // [SL_KEY_TILE][n_lane]
@@ -33,11 +33,12 @@ static struct buffers cut(const struct sl_plan *plan, struct sl_scratch *scratch
     const int64_t rows = key_rows(plan), word = sizeof(sl_word), lanes = plan->kernels->n_lane;
     const int64_t pair = plan->kernels->pair, row_bytes = plan->d_head / pair * word;
     const int64_t tile = sl_min(SL_KEY_TILE, rows);
+    const int64_t output = sl_tensor_given(&plan->args->output);
     struct buffers b;
     b.k_rows = sl_scratch_take(scratch, rows * row_bytes);
-    b.v_panels = sl_scratch_take(scratch, rows * row_bytes);
+    b.v_panels = sl_scratch_take(scratch, output * rows * row_bytes);
     b.q_lanes = sl_scratch_take(scratch, row_bytes * lanes);
-    b.sums = sl_scratch_take(scratch, plan->d_head * lanes * word);
+    b.sums = sl_scratch_take(scratch, output * plan->d_head * lanes * word);
     b.scores = sl_scratch_take(scratch, tile * lanes * word);
     b.weights = pair == 1 ? (sl_word *)b.scores : sl_scratch_take(scratch, tile / pair * lanes * word);
     return b;
@@ -49,18 +50,19 @@ static int64_t slice_bytes(const struct sl_plan *plan) {
     return (scratch.used + 255) / 256 * 256; // workers do not share cache lines, nor prefetched pairs of them
 }
 
-// Writes one tile's output rows and lse from its sums.
+// Writes one tile's output rows (where there is an output) and lse from its sums.
 static void finish_tile(const struct sl_plan *plan, const struct sl_softmax *state, const float *sums,
-                        const struct sl_rows *output, int64_t i, int64_t n, float *lse,
-                        const int32_t *index) {
-    float inverse[SL_MAX_LANES];
-    for (int l = 0; l < plan->kernels->n_lane; l++) {
-        inverse[l] = 1.0f / state->sum[l];
+                        const struct sl_rows *query, const struct sl_rows *output, int64_t i, int64_t n,
+                        float *lse) {
+    if (output->data) {
+        float inverse[SL_MAX_LANES];
+        for (int l = 0; l < plan->kernels->n_lane; l++) {
+            inverse[l] = 1.0f / state->sum[l];
+        }
+        plan->kernels->unpack_lanes(sums, inverse, plan->d_head, output, i, n);
     }
-    plan->kernels->unpack_lanes(sums, inverse, plan->d_head, output, i, n);
     for (int64_t l = 0; l < n; l++) {
-        const int64_t x = output->start + i + l;
-        lse[index ? index[x] : output->first + x] = (state->max[l] + log2f(state->sum[l])) * LN_2;
+        lse[sl_rows_token(query, i + l)] = (state->max[l] + log2f(state->sum[l])) * LN_2;
     }
 }
 
@@ -84,8 +86,12 @@ static void run_head(const struct sl_plan *plan, const struct sl_item *item, con
     const int64_t d = plan->d_head, lanes = kernels->n_lane, n_query = unit->queries.hi - unit->queries.lo;
     const int64_t n_kword = d / kernels->pair;
     const int64_t panel = (n_key + SL_ROW_BLOCK - 1) / SL_ROW_BLOCK * SL_ROW_BLOCK / kernels->pair * 8;
-    const struct sl_rows query = sl_plan_rows(&a->query, item->sequence, h, 0, unit->queries.lo, n_query);
-    const struct sl_rows output = sl_plan_rows(&a->output, item->sequence, h, 0, unit->queries.lo, n_query);
+    const struct sl_rows query =
+        sl_plan_query_rows(plan, &a->query, item->sequence, h, unit->queries.lo, n_query);
+    struct sl_rows output = {0};
+    if (sl_tensor_given(&a->output)) {
+        output = sl_plan_query_rows(plan, &a->output, item->sequence, h, unit->queries.lo, n_query);
+    }
     float *lse = (float *)a->lse.data + (item->sequence->batch * plan->n_head + h) * plan->n_token;
     const float scale2 = sl_plan_scale2(plan);
     for (int64_t i = 0; i < n_query; i += lanes) {
@@ -103,7 +109,9 @@ static void run_head(const struct sl_plan *plan, const struct sl_item *item, con
         }
         kernels->pack_lanes(&query, d, i, a->scale < 0.0, b->q_lanes);
         prefetch_rows(&query, i + lanes, lanes, d);
-        prefetch_rows(&output, i, n, d);
+        if (output.data) {
+            prefetch_rows(&output, i, n, d);
+        }
         for (int64_t k = 0; k < end; k += SL_KEY_TILE) {
             const int64_t rows =
                 (sl_min(SL_KEY_TILE, end - k) + SL_ROW_BLOCK - 1) / SL_ROW_BLOCK * SL_ROW_BLOCK;
@@ -111,10 +119,12 @@ static void run_head(const struct sl_plan *plan, const struct sl_item *item, con
             kernels->scores(live, b->k_rows + k * n_kword, n_kword, b->q_lanes, rows, diagonal, limit,
                             b->scores, top);
             kernels->softmax(live, b->scores, top, rows, diagonal, limit, scale2, &state, b->weights);
-            kernels->lanes_add(live, b->v_panels + k / kernels->pair * 8, panel, b->weights, rows, diagonal,
-                               state.rescale, k == 0, d, b->sums);
+            if (output.data) {
+                kernels->lanes_add(live, b->v_panels + k / kernels->pair * 8, panel, b->weights, rows,
+                                   diagonal, state.rescale, k == 0, d, b->sums);
+            }
         }
-        finish_tile(plan, &state, b->sums, &output, i, n, lse, item->sequence->index);
+        finish_tile(plan, &state, b->sums, &query, &output, i, n, lse);
     }
 }
 
@@ -135,10 +145,12 @@ static void run_item(void *context, int64_t i, int worker) {
         const int64_t rows = (n_key + SL_ROW_BLOCK - 1) / SL_ROW_BLOCK * SL_ROW_BLOCK;
         const struct sl_rows key =
             sl_plan_rows(&plan->args->key, item.sequence, item.heads.hk, unit.n_sink, unit.keys.lo, n_key);
-        const struct sl_rows value =
-            sl_plan_rows(&plan->args->value, item.sequence, item.heads.hk, unit.n_sink, unit.keys.lo, n_key);
         kernels->pack_rows(&key, plan->d_head, 0, rows, b.k_rows);
-        kernels->pack_panels(&value, plan->d_head, rows, b.v_panels);
+        if (sl_tensor_given(&plan->args->value)) {
+            const struct sl_rows value = sl_plan_rows(&plan->args->value, item.sequence, item.heads.hk,
+                                                      unit.n_sink, unit.keys.lo, n_key);
+            kernels->pack_panels(&value, plan->d_head, rows, b.v_panels);
+        }
         for (int64_t h = item.heads.h0; h < item.heads.h1; h++) {
             run_head(plan, &item, &unit, h, n_key, &b);
         }
@@ -148,9 +160,11 @@ static void run_item(void *context, int64_t i, int worker) {
 // Padded rows: output 0, lse -infinity (the neutral element of merging).
 static void fill_padding(const struct sl_plan *plan) {
     const struct sl_attention_args *a = plan->args;
-    sl_plan_zero_padding(plan, &a->output);
+    if (sl_tensor_given(&a->output)) {
+        sl_plan_zero_padding(plan, &a->output);
+    }
     for (int64_t i = 0; sl_tensor_given(&a->padding_mask) && i < sl_tensor_count(&a->lse); i++) {
-        if (!sl_plan_kept(plan, i / (plan->n_head * plan->n_token), i % plan->n_token)) {
+        if (!sl_plan_kept(plan, i / (plan->n_head * plan->n_token), a->n_past + i % plan->n_token)) {
             ((float *)a->lse.data)[i] = -INFINITY;
         }
     }

@@ -30,8 +30,8 @@ enum {
 typedef uint32_t sl_word;
 
 // Rows of one head in memory, read by position in a sequence: row i is position i for the first n_sink rows,
-// start + i - n_sink after that, and zeros from count on. Position x is token index[x], or first + x without
-// index.
+// start + i - n_sink after that, and zeros from count on. Position x is token first + index[x], or first + x
+// without index.
 struct sl_rows {
     char *data;     // of token 0; inputs are not written through it
     int64_t stride; // bytes from token to token
@@ -43,9 +43,14 @@ struct sl_rows {
     enum sl_dtype dtype;
 };
 
-static inline char *sl_rows_at(const struct sl_rows *rows, int64_t i) {
+// The token of row i.
+static inline int64_t sl_rows_token(const struct sl_rows *rows, int64_t i) {
     const int64_t x = i < rows->n_sink ? i : rows->start + i - rows->n_sink;
-    return rows->data + (rows->index ? rows->index[x] : rows->first + x) * rows->stride;
+    return rows->first + (rows->index ? rows->index[x] : x);
+}
+
+static inline char *sl_rows_at(const struct sl_rows *rows, int64_t i) {
+    return rows->data + sl_rows_token(rows, i) * rows->stride;
 }
 
 // Running softmax of a lane tile, in base 2: max and sum of exp2(scale2 * score - max); rescale is what the

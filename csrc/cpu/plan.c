@@ -74,9 +74,9 @@ int64_t sl_plan_run_count(const struct sl_plan *plan, bool shifted, int64_t leng
 int64_t sl_plan_max_keys(const struct sl_plan *plan) {
     const struct sl_pattern *p = &plan->args->pattern;
     if (sl_plan_has_sink_queries(plan)) {
-        return plan->n_token;
+        return plan->n_key;
     }
-    return sl_min(plan->n_token, sl_min(p->group_size, plan->n_token) + sl_min(p->n_sink, plan->n_token));
+    return sl_min(plan->n_key, sl_min(p->group_size, plan->n_key) + sl_min(p->n_sink, plan->n_key));
 }
 
 int64_t sl_plan_max_queries(const struct sl_plan *plan) {
@@ -98,62 +98,34 @@ int64_t sl_plan_partial_bound(const struct sl_plan *plan) {
     return sets * 2 * plan->d_pad * sl_min(n_token, runs * sink);
 }
 
-static int64_t part_count(const struct sl_plan *plan, int64_t length) {
-    return plan->q_chunk == INT64_MAX ? 1
-                                      : div_up(sl_min(plan->args->pattern.group_size, length), plan->q_chunk);
+static int64_t part_count(const struct sl_plan *plan, int64_t n_query) {
+    return plan->q_chunk == INT64_MAX
+               ? 1
+               : div_up(sl_min(plan->args->pattern.group_size, n_query), plan->q_chunk);
 }
 
-static int64_t item_count(const struct sl_plan *plan, int64_t length) {
-    if (length == 0) {
+int64_t sl_plan_item_count(const struct sl_plan *plan, int64_t length, int64_t n_query) {
+    if (n_query == 0) {
         return 0;
     }
     const int64_t groups = sl_plan_set_count(plan, false) * sl_plan_run_count(plan, false, length) +
                            sl_plan_set_count(plan, true) * sl_plan_run_count(plan, true, length);
-    return groups * part_count(plan, length) + (sl_plan_has_sink_queries(plan) ? plan->n_head_kv : 0);
-}
-
-bool sl_plan_kept(const struct sl_plan *plan, int64_t b, int64_t n) {
-    const struct sl_tensor *mask = &plan->args->padding_mask;
-    return !sl_tensor_given(mask) || ((const uint8_t *)mask->data)[b * mask->stride[0] + n * mask->stride[1]];
-}
-
-// Does a sequence start at token n of batch row b, by position_ids?
-static bool starts_at(const struct sl_tensor *ids, int64_t b, int64_t n) {
-    const int64_t *row = (const int64_t *)ids->data + (ids->shape[0] == 1 ? 0 : b) * ids->stride[0];
-    return n == 0 || row[n * ids->stride[1]] <= row[(n - 1) * ids->stride[1]];
-}
-
-static int64_t count_sequences(const struct sl_plan *plan) {
-    const struct sl_attention_args *a = plan->args;
-    const int64_t n_batch = a->query.shape[0];
-    if (sl_tensor_given(&a->cu_seqlens)) {
-        return a->cu_seqlens.shape[0] - 1;
-    }
-    if (!sl_tensor_given(&a->position_ids)) {
-        return n_batch;
-    }
-    int64_t count = 0;
-    const int64_t n_row = a->position_ids.shape[0];
-    for (int64_t b = 0; b < n_row; b++) {
-        for (int64_t n = 0; n < plan->n_token; n++) {
-            count += starts_at(&a->position_ids, b, n);
-        }
-    }
-    return n_row == n_batch ? count : count * n_batch;
+    return groups * part_count(plan, n_query) + (sl_plan_has_sink_queries(plan) ? plan->n_head_kv : 0);
 }
 
 // The forward's items get smaller where there are too few for the threads. Splitting packs keys again, which
 // costs a few percent.
 static void choose_split(struct sl_plan *plan, int n_thread) {
     const int64_t wanted = (int64_t)n_thread * ITEMS_PER_THREAD;
-    const int64_t length =
-        plan->n_sequence > 0 ? div_up(plan->args->query.shape[0] * plan->n_token, plan->n_sequence) : 0;
-    int64_t items = plan->n_sequence * item_count(plan, length);
+    const int64_t rows = plan->args->query.shape[0], sequences = sl_max(1, plan->n_sequence);
+    const int64_t length = div_up(rows * plan->n_key, sequences);
+    const int64_t n_query = div_up(rows * plan->n_token, sequences);
+    int64_t items = plan->n_sequence * sl_plan_item_count(plan, length, n_query);
     if (plan->backward || n_thread == 1 || items >= wanted || items == 0) {
         return;
     }
     plan->split_heads = true;
-    items = plan->n_sequence * item_count(plan, length);
+    items = plan->n_sequence * sl_plan_item_count(plan, length, n_query);
     if (items >= wanted || plan->args->pattern.group_size <= RUN_TOKENS) {
         return;
     }
@@ -169,104 +141,23 @@ void sl_plan_init(struct sl_plan *plan, const struct sl_attention_args *args, in
     plan->n_head = args->query.shape[1];
     plan->n_head_kv = args->key.shape[1];
     plan->n_token = args->query.shape[2];
+    plan->n_key = args->key.shape[2];
     plan->d_head = args->query.shape[3];
     plan->d_pad = div_up(plan->d_head, plan->kernels->n_vector) * plan->kernels->n_vector;
     plan->first_shifted = sl_pattern_first_shifted_head(&args->pattern, plan->n_head);
     plan->backward = backward;
     plan->q_chunk = INT64_MAX;
-    plan->n_sequence = plan->n_token > 0 ? count_sequences(plan) : 0;
+    plan->n_sequence = plan->n_token > 0 ? sl_plan_count_sequences(plan) : 0;
     plan->max_sequence = plan->n_sequence;
     choose_split(plan, n_thread);
 }
 
 int sl_plan_threads(const struct sl_attention_args *args, int n_thread) {
-    const int64_t *shape = args->query.shape;
-    const double keys = (double)sl_min(
-        sl_min(args->pattern.group_size, shape[2]) + sl_min(args->pattern.n_sink, shape[2]), shape[2]);
+    const int64_t *shape = args->query.shape, n_key = args->key.shape[2];
+    const double keys =
+        (double)sl_min(sl_min(args->pattern.group_size, n_key) + sl_min(args->pattern.n_sink, n_key), n_key);
     const double work = (double)(shape[0] * shape[1] * shape[2] * shape[3]) * keys;
     return (int)sl_max(1, sl_min(n_thread, 1 + (int64_t)(work / THREAD_WORK)));
-}
-
-int64_t sl_plan_bytes(const struct sl_plan *plan) {
-    const int64_t gathered =
-        sl_tensor_given(&plan->args->padding_mask) ? plan->args->query.shape[0] * plan->n_token : 0;
-    return plan->max_sequence * (int64_t)sizeof(struct sl_sequence) + gathered * (int64_t)sizeof(int32_t) +
-           128;
-}
-
-static bool add_sequence(struct sl_plan *plan, int64_t batch, int64_t first, int64_t length,
-                         const int32_t *index) {
-    if (plan->n_sequence == plan->max_sequence) {
-        return false;
-    }
-    struct sl_sequence *s = &plan->sequence[plan->n_sequence++];
-    const int64_t sink = sl_min(plan->args->pattern.n_sink, length), items = item_count(plan, length);
-    s->batch = batch;
-    s->first = first;
-    s->length = length;
-    s->index = index;
-    s->first_item = plan->n_item;
-    s->first_partial = plan->n_partial;
-    plan->n_item += items;
-    plan->n_partial += plan->backward ? items * 2 * sink * plan->d_pad : 0;
-    return true;
-}
-
-static bool add_kept(struct sl_plan *plan, int64_t b) {
-    int32_t *index = plan->index + b * plan->n_token;
-    int64_t length = 0;
-    for (int64_t n = 0; n < plan->n_token; n++) {
-        if (sl_plan_kept(plan, b, n)) {
-            index[length++] = (int32_t)n;
-        }
-    }
-    const bool holes = length > 0 && index[length - 1] - index[0] + 1 != length;
-    return add_sequence(plan, b, length > 0 ? index[0] : 0, length, holes ? index : NULL);
-}
-
-static bool add_restarts(struct sl_plan *plan, int64_t b) {
-    int64_t first = 0;
-    for (int64_t n = 1; n <= plan->n_token; n++) {
-        if (n == plan->n_token || starts_at(&plan->args->position_ids, b, n)) {
-            if (!add_sequence(plan, b, first, n - first, NULL)) {
-                return false;
-            }
-            first = n;
-        }
-    }
-    return true;
-}
-
-bool sl_plan_fill(struct sl_plan *plan, void *memory) {
-    const struct sl_attention_args *a = plan->args;
-    plan->sequence = memory;
-    plan->index = (int32_t *)(plan->sequence + plan->max_sequence);
-    plan->n_sequence = plan->n_item = plan->n_partial = 0;
-    if (plan->n_token == 0) {
-        return true;
-    }
-    if (sl_tensor_given(&a->cu_seqlens)) {
-        const int32_t *starts = a->cu_seqlens.data;
-        int64_t first = 0;
-        for (int64_t i = 0; i < plan->max_sequence; i++) {
-            const int64_t end = sl_max(first, sl_min(starts[i + 1], plan->n_token));
-            if (!add_sequence(plan, 0, first, end - first, NULL)) {
-                return false;
-            }
-            first = end;
-        }
-        return true;
-    }
-    for (int64_t b = 0; b < a->query.shape[0]; b++) {
-        const bool added = sl_tensor_given(&a->padding_mask) ? add_kept(plan, b)
-                           : sl_tensor_given(&a->position_ids)
-                               ? add_restarts(plan, b)
-                               : add_sequence(plan, b, 0, plan->n_token, NULL);
-        if (!added) {
-            return false;
-        }
-    }
-    return true;
 }
 
 struct sl_item sl_plan_item(const struct sl_plan *plan, int64_t i) {
@@ -282,7 +173,7 @@ struct sl_item sl_plan_item(const struct sl_plan *plan, int64_t i) {
     const struct sl_sequence *sequence = &plan->sequence[lo];
     struct sl_item item = {sequence, {0, 0, 0, false},        {0, 1}, {0, INT64_MAX},
                            false,    i - sequence->first_item};
-    const int64_t parts = part_count(plan, sequence->length);
+    const int64_t parts = part_count(plan, sequence->length - sequence->n_past);
     int64_t at = item.slot / parts;
     for (int shifted = 0; shifted < 2; shifted++) {
         const int64_t runs = sl_plan_run_count(plan, shifted, sequence->length);
@@ -303,7 +194,9 @@ struct sl_item sl_plan_item(const struct sl_plan *plan, int64_t i) {
     }
     // What remains is numbered behind all parts: the sink queries, one item a key/value head.
     item.sink_queries = true;
-    item.heads.hk = item.slot - (item_count(plan, sequence->length) - plan->n_head_kv);
+    item.heads.hk =
+        item.slot -
+        (sl_plan_item_count(plan, sequence->length, sequence->length - sequence->n_past) - plan->n_head_kv);
     item.heads.h0 = item.heads.hk * ratio(plan);
     item.heads.h1 = item.heads.h0 + ratio(plan);
     return item;
@@ -311,10 +204,12 @@ struct sl_item sl_plan_item(const struct sl_plan *plan, int64_t i) {
 
 struct sl_unit sl_item_unit(const struct sl_plan *plan, const struct sl_item *item, int64_t g) {
     const struct sl_pattern *p = &plan->args->pattern;
-    const int64_t length = item->sequence->length, sink = sl_min(p->n_sink, length);
+    const int64_t length = item->sequence->length, n_past = item->sequence->n_past;
+    const int64_t sink = sl_min(p->n_sink, length);
     struct sl_unit unit;
     if (item->sink_queries) {
-        unit.queries.lo = unit.keys.lo = unit.n_sink = 0;
+        unit.queries.lo = sl_min(n_past, sink);
+        unit.keys.lo = unit.n_sink = 0;
         unit.queries.hi = sink;
         unit.keys.hi = length;
         unit.diagonal = false;
@@ -322,45 +217,17 @@ struct sl_unit sl_item_unit(const struct sl_plan *plan, const struct sl_item *it
     }
     const struct sl_range group = sl_pattern_group_at(p, item->heads.shifted, g, length);
     unit.queries = unit.keys = group;
-    if (sl_plan_has_sink_queries(plan)) { // those are computed apart
-        unit.queries.lo = sl_min(group.hi, sl_max(group.lo, sink));
-    }
+    unit.queries.lo = sl_min(group.hi, sl_max(group.lo, n_past));
     if (item->part.hi != INT64_MAX) {
-        unit.queries.lo = sl_min(group.hi, sl_max(unit.queries.lo, group.lo + item->part.lo));
-        unit.queries.hi = sl_min(group.hi, group.lo + item->part.hi);
+        const int64_t first = unit.queries.lo;
+        unit.queries.lo = sl_min(group.hi, first + item->part.lo);
+        unit.queries.hi = sl_min(group.hi, first + item->part.hi);
+    }
+    if (sl_plan_has_sink_queries(plan)) { // those are computed apart
+        unit.queries.lo = sl_min(group.hi, sl_max(unit.queries.lo, sink));
     }
     unit.n_sink = sl_min(sink, group.lo);
     // Inside a group a key hides from earlier queries only; pattern.h says whether it does at all.
     unit.diagonal = sl_pattern_first_query(p, item->heads.shifted, group.hi - 1) > group.lo;
     return unit;
-}
-
-struct sl_rows sl_plan_rows(const struct sl_tensor *tensor, const struct sl_sequence *sequence, int64_t h,
-                            int64_t n_sink, int64_t start, int64_t count) {
-    const int64_t size = sl_dtype_size(tensor->dtype);
-    struct sl_rows rows;
-    rows.data = (char *)tensor->data + (sequence->batch * tensor->stride[0] + h * tensor->stride[1]) * size;
-    rows.stride = tensor->stride[2] * size;
-    rows.index = sequence->index;
-    rows.first = sequence->first;
-    rows.n_sink = n_sink;
-    rows.start = start;
-    rows.count = count;
-    rows.dtype = tensor->dtype;
-    return rows;
-}
-
-void sl_plan_zero_padding(const struct sl_plan *plan, const struct sl_tensor *t) {
-    if (!sl_tensor_given(&plan->args->padding_mask)) {
-        return;
-    }
-    const int64_t size = sl_dtype_size(t->dtype);
-    for (int64_t b = 0; b < t->shape[0]; b++) {
-        for (int64_t n = 0; n < t->shape[2]; n++) {
-            for (int64_t h = 0; !sl_plan_kept(plan, b, n) && h < t->shape[1]; h++) {
-                memset((char *)t->data + (b * t->stride[0] + h * t->stride[1] + n * t->stride[2]) * size, 0,
-                       (size_t)(t->shape[3] * size));
-            }
-        }
-    }
 }

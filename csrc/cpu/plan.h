@@ -7,10 +7,12 @@
 #include "../core/attention.h"
 #include "kernels.h"
 
-// Position x of the sequence is token (index ? index[x] : first + x) of its batch row.
+// Position x of the sequence is token first + (index ? index[x] : x) of its batch row's keys; the positions
+// n_past .. length-1 have queries.
 struct sl_sequence {
     int64_t batch;
     int64_t first;
+    int64_t n_past;
     int64_t length;
     const int32_t *index;
     int64_t first_item;    // items before this sequence's
@@ -26,8 +28,8 @@ struct sl_head_set {
 };
 
 // One item: the groups group.lo .. group.hi-1 (by index) of one sequence for one head set; of a group's
-// queries only those whose offset from the first is in `part`. An item of sink queries (not causal only) has
-// one pseudo-group: the whole sequence as keys, and the sinks as queries.
+// queries only those whose offset from its first one is in `part`. An item of sink queries (not causal only)
+// has one pseudo-group: the whole sequence as keys, and the sinks as queries.
 struct sl_item {
     const struct sl_sequence *sequence;
     struct sl_head_set heads;
@@ -50,7 +52,8 @@ struct sl_plan {
     const struct sl_cpu_kernels *kernels;
     int64_t n_head;
     int64_t n_head_kv;
-    int64_t n_token;
+    int64_t n_token; // queries
+    int64_t n_key;   // n_past + n_token
     int64_t d_head;
     int64_t d_pad;
     int64_t first_shifted;
@@ -62,7 +65,7 @@ struct sl_plan {
     int64_t n_item;
     int64_t n_partial;
     struct sl_sequence *sequence;
-    int32_t *index; // gathered tokens of padding masks with holes, [n_batch, n_token]
+    int32_t *index; // gathered tokens of padding masks with holes, [n_batch, n_key]
 };
 
 // Sizes and cut, from the arguments alone; reads the values of cu_seqlens and position_ids to count
@@ -79,16 +82,27 @@ int64_t sl_plan_bytes(const struct sl_plan *plan);
 // tensors no longer agree with what sl_plan_init read (someone wrote to them meanwhile).
 bool sl_plan_fill(struct sl_plan *plan, void *memory);
 
+// Sequences of the call, empty ones included.
+int64_t sl_plan_count_sequences(const struct sl_plan *plan);
+
+// Items of a sequence of so many positions, the last n_query of which have queries.
+int64_t sl_plan_item_count(const struct sl_plan *plan, int64_t length, int64_t n_query);
+
 // Item i of 0 .. n_item-1.
 struct sl_item sl_plan_item(const struct sl_plan *plan, int64_t i);
 
 // Group number g of an item.
 struct sl_unit sl_item_unit(const struct sl_plan *plan, const struct sl_item *item, int64_t g);
 
-// Rows of head h of a tensor as the sequence orders them: sinks first, then from position start on, count in
-// all.
+// Rows of head h of a tensor of keys as the sequence orders them: sinks first, then from position start on,
+// count in all.
 struct sl_rows sl_plan_rows(const struct sl_tensor *tensor, const struct sl_sequence *sequence, int64_t h,
                             int64_t n_sink, int64_t start, int64_t count);
+
+// The same without sinks for a tensor of queries, whose first token is key number n_past.
+struct sl_rows sl_plan_query_rows(const struct sl_plan *plan, const struct sl_tensor *tensor,
+                                  const struct sl_sequence *sequence, int64_t h, int64_t start,
+                                  int64_t count);
 
 // Head sets and runs of groups of a sequence, for numbering sink sums: sets 0 .. n-1 of sl_plan_set.
 int64_t sl_plan_set_count(const struct sl_plan *plan, bool shifted);
@@ -107,10 +121,11 @@ int64_t sl_plan_max_queries(const struct sl_plan *plan);
 // 0, and it times the lowest float no NaN. The sign of scale is in the packed queries.
 float sl_plan_scale2(const struct sl_plan *plan);
 
-// Zeroes the rows of padded tokens in a tensor of heads; does nothing without a padding mask.
+// Zeroes the rows of padded tokens in a tensor of heads, of queries or keys; does nothing without a padding
+// mask.
 void sl_plan_zero_padding(const struct sl_plan *plan, const struct sl_tensor *tensor);
 
-// Is token n of batch row b kept by the padding mask (true without one)?
+// Is key n of batch row b kept by the padding mask (true without one)?
 bool sl_plan_kept(const struct sl_plan *plan, int64_t b, int64_t n);
 
 // The first 64-byte boundary in memory of any alignment.

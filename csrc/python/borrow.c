@@ -52,6 +52,21 @@ int sl_borrow(struct sl_state *state, PyObject *object, const char *name, struct
     return rc;
 }
 
+int sl_borrow_arguments(struct sl_state *state, const struct sl_argument *arguments, Py_ssize_t n,
+                        PyObject *const *args, void *out, struct sl_hold *hold) {
+    for (Py_ssize_t i = 0; i < n; i++) {
+        struct sl_tensor *tensor = (struct sl_tensor *)((char *)out + arguments[i].member);
+        if (args[i] == Py_None && !arguments[i].optional) {
+            PyErr_Format(PyExc_TypeError, "%s: expected an array, got None", arguments[i].name);
+            return -1;
+        }
+        if (sl_borrow(state, args[i], arguments[i].name, tensor, &hold[i]) < 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
 void sl_release(struct sl_hold *hold) {
     if (!hold->legacy && !hold->versioned) {
         return;

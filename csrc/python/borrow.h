@@ -26,6 +26,18 @@ struct sl_hold {
 int sl_borrow(struct sl_state *state, PyObject *object, const char *name, struct sl_tensor *out,
               struct sl_hold *hold);
 
+// One array argument of a method: its name, where in the operation's struct its sl_tensor stands, and whether
+// None will do.
+struct sl_argument {
+    const char *name;
+    size_t member;
+    bool optional;
+};
+
+// Borrows args[i] into the member of each of n arguments, hold[i] likewise; -1 with an exception.
+int sl_borrow_arguments(struct sl_state *state, const struct sl_argument *arguments, Py_ssize_t n,
+                        PyObject *const *args, void *out, struct sl_hold *hold);
+
 // Calls the owner's deleter once and forgets it. A pending exception is kept.
 void sl_release(struct sl_hold *hold);
 

@@ -1,5 +1,7 @@
 #include "workspace.h"
 
+enum { STACK_WORKSPACE = 65536 };
+
 void *sl_allocate_workspace(struct sl_state *state, PyObject *allocate, int64_t n_byte, PyObject **owner,
                             struct sl_hold *hold) {
     struct sl_tensor tensor;
@@ -16,4 +18,32 @@ void *sl_allocate_workspace(struct sl_state *state, PyObject *allocate, int64_t 
         return NULL;
     }
     return tensor.data;
+}
+
+int sl_run(struct sl_state *state, sl_operation *operation, const void *args, int64_t n_byte, int n_thread,
+           PyObject *allocate) {
+    // Small calls are bound by overhead: their scratch memory is not worth a Python call.
+    _Alignas(64) char small[STACK_WORKSPACE];
+    void *workspace = small;
+    PyObject *owner = NULL;
+    struct sl_hold hold = {0};
+    if (n_byte > STACK_WORKSPACE) {
+        workspace = sl_allocate_workspace(state, allocate, n_byte, &owner, &hold);
+    }
+    int rc = -1;
+    if (workspace) {
+        enum sl_status status;
+        struct sl_error err;
+        Py_BEGIN_ALLOW_THREADS;
+        status = operation(args, workspace, n_byte, n_thread, &err);
+        Py_END_ALLOW_THREADS;
+        if (status == SL_OK) {
+            rc = 0;
+        } else {
+            sl_raise(status, &err);
+        }
+    }
+    sl_release(&hold);
+    Py_XDECREF(owner);
+    return rc;
 }
