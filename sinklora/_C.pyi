@@ -68,6 +68,19 @@ def causal_forward(
     allocate: Callable[[int], Any],
     /,
 ) -> None: ...
+def h2o_score(
+    query: Any,  # [B, H, n_query, D]: the last n_query of n_key tokens
+    key: Any,  # [B, Hkv, n_key, D]
+    lse: Any,  # float32 [B, H, n_query], contiguous, what causal_forward wrote for them
+    scores: Any,  # float32 [B, Hkv, n_key], contiguous, written; padding gets 0
+    padding_mask: Any | None,  # bool [B, n_key]
+    window: int,  # only the last so many kept queries of each row count; 0: all
+    mean: bool,  # over the H / Hkv query heads, not their sum
+    scale: float,
+    num_threads: int,
+    allocate: Callable[[int], Any],
+    /,
+) -> None: ...
 def pattern_mask(
     output: Any,  # bool [num_heads, num_tokens, num_tokens], written
     group_size: int,

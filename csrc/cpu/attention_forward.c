@@ -66,18 +66,6 @@ static void finish_tile(const struct sl_plan *plan, const struct sl_softmax *sta
     }
 }
 
-// Rows of a (tokens, heads, d) tensor lie too far apart for hardware prefetch; a tile's work covers the
-// latency.
-static void prefetch_rows(const struct sl_rows *rows, int64_t i, int64_t n, int64_t d) {
-    const int64_t bytes = d * sl_dtype_size(rows->dtype);
-    for (int64_t r = i; r < i + n && r < rows->count; r++) {
-        const char *row = sl_rows_at(rows, r);
-        for (int64_t b = 0; b < bytes; b += 64) {
-            SL_PREFETCH(row + b);
-        }
-    }
-}
-
 // All tiles of one query head against the packed keys of a unit.
 static void run_head(const struct sl_plan *plan, const struct sl_item *item, const struct sl_unit *unit,
                      int64_t h, int64_t n_key, const struct buffers *b) {
@@ -108,9 +96,9 @@ static void run_head(const struct sl_plan *plan, const struct sl_item *item, con
             state.sum[l] = 0.0f;
         }
         kernels->pack_lanes(&query, d, i, a->scale < 0.0, b->q_lanes);
-        prefetch_rows(&query, i + lanes, lanes, d);
+        sl_rows_prefetch(&query, i + lanes, lanes, d);
         if (output.data) {
-            prefetch_rows(&output, i, n, d);
+            sl_rows_prefetch(&output, i, n, d);
         }
         for (int64_t k = 0; k < end; k += SL_KEY_TILE) {
             const int64_t rows =

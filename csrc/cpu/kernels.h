@@ -114,6 +114,12 @@ struct sl_cpu_kernels {
     // from zero and added once, which keeps float32 sums short. Lanes that the diagonal masks are skipped.
     void (*rows_add)(int live, const sl_word *weights, const sl_word *words, int64_t n_row, int64_t diagonal,
                      int64_t d, float *sums);
+
+    // ---- scores of a prompt ----
+    // sums[n_row][n_vector] += P = exp2(scale2 * S - lse2), masked, the lane vectors of a row on top of each
+    // other; n_row is a multiple of SL_ROW_BLOCK. Lanes without a query have FLT_MAX in lse2.
+    void (*column_sums)(int live, const sl_word *k_rows, int64_t n_kword, const sl_word *q_lanes,
+                        int64_t n_row, int64_t diagonal, float scale2, const float *lse2, float *sums);
 };
 
 // The table for a level and an element type; never NULL for an available level and a compute type.

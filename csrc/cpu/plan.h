@@ -128,6 +128,18 @@ void sl_plan_zero_padding(const struct sl_plan *plan, const struct sl_tensor *te
 // Is key n of batch row b kept by the padding mask (true without one)?
 bool sl_plan_kept(const struct sl_plan *plan, int64_t b, int64_t n);
 
+// Asks for n rows from row i on. Rows of a (tokens, heads, d) tensor lie too far apart for hardware prefetch;
+// the work of the tile before covers the latency.
+static inline void sl_rows_prefetch(const struct sl_rows *rows, int64_t i, int64_t n, int64_t d) {
+    const int64_t bytes = d * sl_dtype_size(rows->dtype);
+    for (int64_t r = i; r < i + n && r < rows->count; r++) {
+        const char *row = sl_rows_at(rows, r);
+        for (int64_t b = 0; b < bytes; b += 64) {
+            SL_PREFETCH(row + b);
+        }
+    }
+}
+
 // The first 64-byte boundary in memory of any alignment.
 static inline char *sl_align(void *memory) {
     return (char *)memory + (64 - (uintptr_t)memory % 64) % 64;

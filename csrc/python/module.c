@@ -44,6 +44,8 @@ static PyMethodDef methods[] = {
      "Writes grad_query, grad_key, grad_value from grad_output and what the forward saved; see _C.pyi."},
     {"causal_forward", FAST(sl_py_causal_forward), METH_FASTCALL,
      "Writes output and lse of plain causal attention, also for fewer queries than keys; see _C.pyi."},
+    {"h2o_score", FAST(sl_py_h2o_score), METH_FASTCALL,
+     "Writes the column sums of causal attention, per key/value head; see _C.pyi."},
     {"pattern_mask", FAST(sl_py_pattern_mask), METH_FASTCALL,
      "Fills a bool (num_heads, num_tokens, num_tokens) with who may see whom."},
     {"pattern_pairs", FAST(sl_py_pattern_pairs), METH_FASTCALL,

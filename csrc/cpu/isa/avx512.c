@@ -11,6 +11,8 @@
 
 #include "backward.inc"
 
+#include "column_sums.inc"
+
 #define TABLE sl_kernels_avx512
 #include "table.inc"
 

@@ -40,6 +40,8 @@ INLINE void store_bf16(sl_word *out, vf x) {
 
 #include "backward.inc"
 
+#include "column_sums.inc"
+
 #define TABLE sl_kernels_avx512_bf16
 #include "table.inc"
 

@@ -10,5 +10,7 @@
 
 #include "backward.inc"
 
+#include "column_sums.inc"
+
 #define TABLE sl_kernels_portable
 #include "table.inc"
