@@ -11,6 +11,10 @@
 
 #include "backward.inc"
 
+#include "decode.inc"
+
+#include "evict.inc"
+
 #define TABLE sl_kernels_avx2
 #include "table.inc"
 

@@ -10,5 +10,9 @@
 
 #include "backward.inc"
 
+#include "decode.inc"
+
+#include "evict.inc"
+
 #define TABLE sl_kernels_portable
 #include "table.inc"
