@@ -65,6 +65,40 @@ def causal_forward(
     padding_mask: Any | None,  # bool [B, n_key]; the last n_query columns are the queries'
     scale: float,
     num_threads: int,
+def h2o_decode(
+    query: Any,  # [B, H, n_query, D], n_query 1 to 8
+    key: Any,  # [B, Hkv, n_key, D]; written with new_key
+    value: Any,
+    output: Any,  # like query, written
+    lse: Any | None,  # float32 [B, H, n_query], contiguous, written
+    padding_mask: Any | None,  # bool [B, n_key]
+    scores: Any | None,  # float32 [B, Hkv, n_key], contiguous, added to
+    window: int,  # only the last so many kept queries add to scores; 0: all
+    mean: bool,  # scores are divided by H / Hkv
+    new_key: Any | None,  # [B, Hkv, 1, D]; from here to rows: one step of a cache, all but new_mask or none
+    new_value: Any | None,
+    new_mask: Any | None,  # bool [B, 1]
+    positions: Any | None,  # int32 [B, Hkv, n_key], contiguous, written
+    free_slot: Any | None,  # int32 [B, Hkv], contiguous, written
+    rows: Any | None,  # int32 [B, 4], contiguous: seen, used, budget, recent; the first two are written
+    num_sinks: int,
+    scale: float,
+    num_threads: int,
+    allocate: Callable[[int], Any],  # as above
+    /,
+) -> None: ...
+def h2o_select(
+    key: Any,  # [B, Hkv, n_key, D]
+    value: Any,
+    scores: Any,  # float32 [B, Hkv, n_key], contiguous
+    positions: Any,  # int32 [B, Hkv, n_key], contiguous; -1: not used
+    rows: Any,  # int32 [B, 4], contiguous: seen, used (written), budget, recent
+    key_out: Any,  # [B, Hkv, n_slot, D], written; the outputs may be the inputs
+    value_out: Any,
+    scores_out: Any,  # float32 [B, Hkv, n_slot], contiguous, written
+    positions_out: Any,  # int32 [B, Hkv, n_slot], contiguous, written
+    num_sinks: int,
+    num_threads: int,
     allocate: Callable[[int], Any],
     /,
 ) -> None: ...

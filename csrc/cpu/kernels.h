@@ -23,7 +23,9 @@ enum {
     SL_GRAD_KEY_TILE = 96,  // key rows of one backward tile
     SL_GRAD_ROW_BLOCK = 24, // backward tiles end on multiples of this (of 8 and of 6)
     SL_MAX_LANES = 48,
-    SL_MAX_VECTOR = 16, // floats of the widest vector
+    SL_MAX_VECTOR = 16,  // floats of the widest vector
+    SL_DECODE_ROWS = 4,  // query rows that walk a cache together
+    SL_SUM_COLUMNS = 32, // decode's sums are padded to a multiple of this
     SL_NO_DIAGONAL = 1 << 28,
 };
 
@@ -52,6 +54,14 @@ static inline int64_t sl_rows_token(const struct sl_rows *rows, int64_t i) {
 static inline char *sl_rows_at(const struct sl_rows *rows, int64_t i) {
     return rows->data + sl_rows_token(rows, i) * rows->stride;
 }
+
+// Some slots of a cache's head: slot j lies at data + (index ? index[j] : j) * stride.
+struct sl_slots {
+    const char *data;
+    int64_t stride; // bytes from slot to slot
+    const int32_t *index;
+    enum sl_dtype dtype;
+};
 
 // Running softmax of a lane tile, in base 2: max and sum of exp2(scale2 * score - max); rescale is what the
 // last step's change of max multiplies older sums by.
@@ -120,6 +130,36 @@ struct sl_cpu_kernels {
     // other; n_row is a multiple of SL_ROW_BLOCK. Lanes without a query have FLT_MAX in lse2.
     void (*column_sums)(int live, const sl_word *k_rows, int64_t n_kword, const sl_word *q_lanes,
                         int64_t n_row, int64_t diagonal, float scale2, const float *lse2, float *sums);
+    // ---- decode: a few query rows against n slots, which are read once, in the order of memory ----
+    // Each row's results have the same bits whatever other rows come along. Rows of logits and weights are
+    // padded: what is written beyond n, up to a multiple of SL_MAX_VECTOR, is 0 once softmax has run.
+    //
+    // out[n_word]: a query row as words, with zeros from d on; n_word is d / pair rounded up to n_vector.
+    void (*decode_query)(enum sl_dtype dtype, const char *row, int64_t d, bool negate, sl_word *out);
+    // logits[n_row][stride]: queries [n_row][n_word] x slots.
+    void (*decode_logits)(int n_row, const sl_word *queries, const struct sl_slots *key, int64_t d, int64_t n,
+                          float *logits, int64_t stride);
+    // One row: max and sum of p = exp2(scale2 * logit - max) over the first n_visible of n logits, which
+    // p replaces (0 from n_visible on); weights are p as words, the logits' own memory where pair is 1. With
+    // n_visible 0, max means nothing.
+    void (*decode_softmax)(float *logits, int64_t n_visible, int64_t n, float scale2, float *max, float *sum,
+                           sl_word *weights);
+    // sums[n_row][sum_stride] = weights[n_row][weight_stride words] x slots; the columns are padded to a
+    // multiple of SL_SUM_COLUMNS.
+    void (*decode_values)(int n_row, const sl_word *weights, int64_t weight_stride,
+                          const struct sl_slots *value, int64_t d, int64_t n, float *sums,
+                          int64_t sum_stride);
+    // One output row: the sum over n parts of parts[i][stride] * factor[i].
+    void (*decode_output)(const float *parts, int64_t stride, const float *factor, int64_t n, int64_t d,
+                          enum sl_dtype dtype, char *row);
+    // out[n]: the sum over n_row rows of p[r][p_stride] * factor[r * factor_stride], times share. Rows with
+    // factor 0 are not read. out is padded as p is.
+    void (*decode_column_sums)(int64_t n_row, const float *p, int64_t p_stride, const float *factor,
+                               int64_t factor_stride, float share, int64_t n, float *out);
+    // The slot with the smallest score among those with lowest <= position <= highest, the newest of equals;
+    // NaN counts as the largest. -1 where there is none.
+    int64_t (*decode_evict)(const float *scores, const int32_t *positions, int64_t n, int32_t lowest,
+                            int32_t highest);
 };
 
 // The table for a level and an element type; never NULL for an available level and a compute type.

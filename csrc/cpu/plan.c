@@ -20,8 +20,7 @@ static int64_t ratio(const struct sl_plan *plan) {
 }
 
 float sl_plan_scale2(const struct sl_plan *plan) {
-    const float log2_e = 1.44269504088896341f;
-    return fminf(fmaxf(fabsf((float)plan->args->scale) * log2_e, FLT_MIN), FLT_MAX);
+    return sl_scale2(plan->args->scale);
 }
 
 bool sl_plan_has_sink_queries(const struct sl_plan *plan) {

@@ -7,6 +7,9 @@
 #include "../core/attention.h"
 #include "kernels.h"
 
+#include <float.h>
+#include <math.h>
+
 // Position x of the sequence is token first + (index ? index[x] : x) of its batch row's keys; the positions
 // n_past .. length-1 have queries.
 struct sl_sequence {
@@ -119,6 +122,11 @@ int64_t sl_plan_max_queries(const struct sl_plan *plan);
 
 // What scores are multiplied by for exp2: |scale| * log2(e), positive and finite, because 0 times it must be
 // 0, and it times the lowest float no NaN. The sign of scale is in the packed queries.
+static inline float sl_scale2(double scale) {
+    const float log2_e = 1.44269504088896341f;
+    return fminf(fmaxf(fabsf((float)scale) * log2_e, FLT_MIN), FLT_MAX);
+}
+
 float sl_plan_scale2(const struct sl_plan *plan);
 
 // Zeroes the rows of padded tokens in a tensor of heads, of queries or keys; does nothing without a padding

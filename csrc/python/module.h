@@ -57,6 +57,8 @@ PyObject *sl_py_attention_forward(PyObject *module, PyObject *const *args, Py_ss
 PyObject *sl_py_attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_causal_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_h2o_score(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *sl_py_h2o_decode(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *sl_py_h2o_select(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_pattern_mask(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_pattern_pairs(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_cpu_levels(PyObject *module, PyObject *unused);

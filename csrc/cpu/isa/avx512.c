@@ -13,6 +13,10 @@
 
 #include "column_sums.inc"
 
+#include "decode.inc"
+
+#include "evict.inc"
+
 #define TABLE sl_kernels_avx512
 #include "table.inc"
 

@@ -33,6 +33,17 @@ INLINE vf words_of(vf low, vf high) {
 INLINE void store_bf16(sl_word *out, vf x) {
     _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(x));
 }
+// Words of two rows' n <= 32 columns: lane l of low is column l of both rows, of high column 16 + l.
+INLINE void words_zip(const void *a, const void *b, int64_t n, vf *low, vf *high) {
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39,
+                                           7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    const __mmask32 m = (__mmask32)((UINT64_C(1) << n) - 1);
+    const __m512i x = n == 32 ? _mm512_loadu_si512(a) : _mm512_maskz_loadu_epi16(m, a);
+    const __m512i y = n == 32 ? _mm512_loadu_si512(b) : _mm512_maskz_loadu_epi16(m, b);
+    *low = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, first, y));
+    *high = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, second, y));
+}
 
 #include "pack.inc"
 
@@ -41,6 +52,10 @@ INLINE void store_bf16(sl_word *out, vf x) {
 #include "backward.inc"
 
 #include "column_sums.inc"
+
+#include "decode.inc"
+
+#include "evict.inc"
 
 #define TABLE sl_kernels_avx512_bf16
 #include "table.inc"

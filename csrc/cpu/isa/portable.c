@@ -12,5 +12,9 @@
 
 #include "column_sums.inc"
 
+#include "decode.inc"
+
+#include "evict.inc"
+
 #define TABLE sl_kernels_portable
 #include "table.inc"

@@ -2,8 +2,9 @@
 #include <immintrin.h>
 
 #define VL 8
-#define LANE_ROWS 4    // 4 x 3 accumulators of 16 registers
-#define GRAD_VECTORS 2 // 6 x 2 accumulators
+#define LANE_ROWS 4     // 4 x 3 accumulators of 16 registers
+#define GRAD_VECTORS 2  // 6 x 2 accumulators
+#define VALUE_VECTORS 4 // 2 x 4 accumulators
 
 typedef __m256 vf;
 typedef __m256 vmask;
@@ -42,6 +43,12 @@ INLINE float v_sum(vf x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// Lane i: the sum of c[i]'s lanes, added in the same order in every lane.
+INLINE vf v_sums(const vf c[VL]) {
+    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(c[0], c[1]), _mm256_hadd_ps(c[2], c[3]));
+    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(c[4], c[5]), _mm256_hadd_ps(c[6], c[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 INLINE vf v_round(vf x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -2,8 +2,9 @@
 #include <immintrin.h>
 
 #define VL 16
-#define LANE_ROWS 8    // rows of the micro-kernel against lane vectors: 8 x 3 accumulators of 32 registers
-#define GRAD_VECTORS 4 // columns of the rows_add micro-kernel: 6 x 4 accumulators
+#define LANE_ROWS 8     // rows of the micro-kernel against lane vectors: 8 x 3 accumulators of 32 registers
+#define GRAD_VECTORS 4  // columns of the rows_add micro-kernel: 6 x 4 accumulators
+#define VALUE_VECTORS 8 // columns that decode adds up at a time: 2 x 8 accumulators
 
 typedef __m512 vf;
 typedef __mmask16 vmask;
@@ -42,6 +43,28 @@ INLINE vf v_neg_if(vf x, bool negate) {
 }
 INLINE float v_sum(vf x) {
     return _mm512_reduce_add_ps(x);
+}
+// Lane i: the sum of c[i]'s lanes, added in the same order in every lane.
+INLINE vf v_sums(const vf c[VL]) {
+    __m512 t[8];
+    __m512 u[4];
+    UNROLL(8)
+    for (int i = 0; i < 8; i++) {
+        t[i] = _mm512_add_ps(_mm512_unpacklo_ps(c[2 * i], c[2 * i + 1]),
+                             _mm512_unpackhi_ps(c[2 * i], c[2 * i + 1]));
+    }
+    UNROLL(4)
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+        u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    UNROLL(2)
+    for (int i = 0; i < 2; i++) {
+        t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
 }
 INLINE vf v_round(vf x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

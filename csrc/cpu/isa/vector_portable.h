@@ -4,6 +4,7 @@
 #define VL 4
 #define LANE_ROWS 4
 #define GRAD_VECTORS 2
+#define VALUE_VECTORS 4
 
 typedef struct {
     float x[VL];
@@ -56,6 +57,11 @@ INLINE vf v_neg_if(vf x, bool negate) {
 }
 INLINE float v_sum(vf a) {
     return (a.x[0] + a.x[1]) + (a.x[2] + a.x[3]);
+}
+INLINE vf v_sums(const vf c[VL]) { // lane i: the sum of c[i]'s lanes
+    vf r;
+    EACH r.x[i_] = v_sum(c[i_]);
+    return r;
 }
 INLINE vf v_round(vf a) { // to the nearest integer, for |x| < 2^22: adding 1.5 * 2^23 drops the fraction
     EACH {
