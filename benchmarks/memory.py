@@ -36,21 +36,27 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
     return _resident_high_water() - before
 
 
-def measure(name: str, dtype: str, shape: str, direction: str, threads: int) -> int:
-    """``peak_extra_bytes`` of a candidate in a process of its own. OSError, RuntimeError: the reason."""
+def run_alone(script: str, arguments: list[str], threads: int) -> str:
+    """What a script prints, in a process of its own set up as this module's text says. OSError, RuntimeError:
+    the reason why it could not."""
     if not sys.platform.startswith("linux"):
         raise OSError(f"peak memory is measured on Linux only, this is {sys.platform}")
-    arguments = [sys.executable, __file__, name, dtype, shape, direction, str(threads)]
     environment = os.environ | {
         "MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD),
         "MALLOC_TRIM_THRESHOLD_": str(MMAP_THRESHOLD),
         "OMP_NUM_THREADS": str(threads),
     }
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"memory of {name}: {lines[-1]}")
-    return int(done.stdout)
+        raise RuntimeError(f"memory of {arguments[0]}: {lines[-1]}")
+    return done.stdout
+
+
+def measure(name: str, dtype: str, shape: str, direction: str, threads: int) -> int:
+    """``peak_extra_bytes`` of a candidate in a process of its own. OSError, RuntimeError: the reason."""
+    return int(run_alone(__file__, [name, dtype, shape, direction, str(threads)], threads))
 
 
 def main(arguments: list[str]) -> None:
