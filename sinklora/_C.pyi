@@ -65,6 +65,9 @@ def causal_forward(
     padding_mask: Any | None,  # bool [B, n_key]; the last n_query columns are the queries'
     scale: float,
     num_threads: int,
+    allocate: Callable[[int], Any],
+    /,
+) -> None: ...
 def h2o_decode(
     query: Any,  # [B, H, n_query, D], n_query 1 to 8
     key: Any,  # [B, Hkv, n_key, D]; written with new_key
