@@ -92,18 +92,25 @@ def test_attention(objects: list[Path], tmp_path: Path) -> None:
     assert "0 failed" in run(program)
 
 
+def test_h2o_score(objects: list[Path], tmp_path: Path) -> None:
+    program = build_program("test_h2o_score", tmp_path, SANITIZERS["address"], objects)
+    assert "0 failed" in run(program)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ("test_attention", "test_h2o_score"))
 @pytest.mark.parametrize("seed", range(2, 12))
-def test_attention_more_cases(objects: list[Path], tmp_path: Path, seed: int) -> None:
-    program = build_program("test_attention", tmp_path, SANITIZERS["address"], objects)
+def test_more_cases(objects: list[Path], tmp_path: Path, name: str, seed: int) -> None:
+    program = build_program(name, tmp_path, SANITIZERS["address"], objects)
     assert "0 failed" in run(program, str(seed), "400")
 
 
 @pytest.mark.slow
-def test_attention_has_no_data_race(sanitizer_supported: None, tmp_path: Path) -> None:
+def test_no_data_race(sanitizer_supported: None, tmp_path: Path) -> None:
     flags = SANITIZERS["thread"]
-    program = build_program("test_attention", tmp_path, flags, build_objects(tmp_path, flags))
-    assert "0 failed" in run(program, "1", "60")
+    compiled = build_objects(tmp_path, flags)
+    for name in ("test_attention", "test_h2o_score"):
+        assert "0 failed" in run(build_program(name, tmp_path, flags, compiled), "1", "60")
 
 
 def test_pattern_header_is_cpp(tmp_path: Path) -> None:

@@ -26,18 +26,18 @@ struct array {
 
 static uint64_t random_state = 1;
 
-static uint32_t random_bits(void) {
+static inline uint32_t random_bits(void) {
     random_state = random_state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
     return (uint32_t)(random_state >> 33);
 }
 
 // One of 0 .. n-1.
-static int64_t random_below(int64_t n) {
+static inline int64_t random_below(int64_t n) {
     return (int64_t)(random_bits() % (uint64_t)n);
 }
 
 // Every element NaN, as are the gaps. shape has four dimensions.
-static struct array array_make(enum sl_dtype dtype, const int64_t shape[4], enum layout layout) {
+static inline struct array array_make(enum sl_dtype dtype, const int64_t shape[4], enum layout layout) {
     struct array a = {.tensor = {.dtype = dtype, .device_type = SL_DEVICE_CPU, .n_dim = 4}};
     struct sl_tensor *t = &a.tensor;
     const int64_t d = shape[3];
@@ -63,18 +63,18 @@ static struct array array_make(enum sl_dtype dtype, const int64_t shape[4], enum
     return a;
 }
 
-static void array_free(struct array *a) {
+static inline void array_free(struct array *a) {
     free(a->block);
     memset(a, 0, sizeof *a);
 }
 
-static void *array_at(const struct array *a, int64_t b, int64_t h, int64_t n, int64_t d) {
+static inline void *array_at(const struct array *a, int64_t b, int64_t h, int64_t n, int64_t d) {
     const int64_t *s = a->tensor.stride;
     return (char *)a->tensor.data + (b * s[0] + h * s[1] + n * s[2] + d) * sl_dtype_size(a->tensor.dtype);
 }
 
 // This machine's own conversions, which are not the library's.
-static double array_get(const struct array *a, int64_t b, int64_t h, int64_t n, int64_t d) {
+static inline double array_get(const struct array *a, int64_t b, int64_t h, int64_t n, int64_t d) {
     const void *at = array_at(a, b, h, n, d);
     float f;
     uint16_t half;
@@ -97,7 +97,7 @@ static double array_get(const struct array *a, int64_t b, int64_t h, int64_t n, 
 }
 
 // Values of 8 significant bits, which every dtype holds exactly: float16 is built from 1.fffffff * 2^e.
-static void array_set_random(const struct array *a, int64_t b, int64_t h, int64_t n, int64_t d) {
+static inline void array_set_random(const struct array *a, int64_t b, int64_t h, int64_t n, int64_t d) {
     const int fraction = (int)random_below(128), exponent = -(int)random_below(5),
               sign = (int)random_below(2);
     const float f = (sign ? -1.0f : 1.0f) * ldexpf(1.0f + (float)fraction / 128.0f, exponent);
@@ -112,7 +112,7 @@ static void array_set_random(const struct array *a, int64_t b, int64_t h, int64_
 }
 
 // True while the bytes that belong to no element are what array_make put there.
-static bool array_gaps_intact(const struct array *a) {
+static inline bool array_gaps_intact(const struct array *a) {
     unsigned char *copy = malloc(a->bytes + 1);
     const int64_t *n = a->tensor.shape;
     const size_t row = (size_t)(n[3] * sl_dtype_size(a->tensor.dtype));

@@ -17,17 +17,17 @@ struct tokens {
     int64_t *sequence, *position;
 };
 
-static double *zeros(int64_t n) {
+static inline double *zeros(int64_t n) {
     return calloc((size_t)n + 1, sizeof(double));
 }
 
-static struct naive naive_make(const int64_t q[4], int64_t n_head_kv) {
+static inline struct naive naive_make(const int64_t q[4], int64_t n_head_kv) {
     const int64_t n_query = q[0] * q[1] * q[2] * q[3], n_key = q[0] * n_head_kv * q[2] * q[3];
     return (struct naive){zeros(n_query), zeros(q[0] * q[1] * q[2]), zeros(n_query), zeros(n_key),
                           zeros(n_key)};
 }
 
-static void naive_free(struct naive *r) {
+static inline void naive_free(struct naive *r) {
     free(r->out);
     free(r->lse);
     free(r->grad_query);
@@ -36,13 +36,13 @@ static void naive_free(struct naive *r) {
 }
 
 // One row of an array as doubles.
-static void read_row(const struct array *a, int64_t b, int64_t h, int64_t n, double *row) {
+static inline void read_row(const struct array *a, int64_t b, int64_t h, int64_t n, double *row) {
     for (int64_t d = 0; d < a->tensor.shape[3]; d++) {
         row[d] = array_get(a, b, h, n, d);
     }
 }
 
-static double dot(const double *x, const double *y, int64_t n) {
+static inline double dot(const double *x, const double *y, int64_t n) {
     double sum = 0;
     for (int64_t i = 0; i < n; i++) {
         sum += x[i] * y[i];
@@ -52,9 +52,9 @@ static double dot(const double *x, const double *y, int64_t n) {
 
 // All of one query row: its output and lse, and what it adds to the gradients. keys, values: the rows of its
 // key/value head, [N, D]; p, dp: scratch [N].
-static void naive_row(struct naive *r, const int64_t q[4], int64_t row, int64_t kv_row, const double *query,
-                      const double *grad, const double *keys, const double *values, const bool *visible,
-                      double scale, double *p, double *dp) {
+static inline void naive_row(struct naive *r, const int64_t q[4], int64_t row, int64_t kv_row,
+                             const double *query, const double *grad, const double *keys,
+                             const double *values, const bool *visible, double scale, double *p, double *dp) {
     const int64_t n = q[2], d_head = q[3];
     double *out = r->out + row * d_head, top = -INFINITY, sum = 0;
     for (int64_t j = 0; j < n; j++) {
@@ -85,9 +85,10 @@ static void naive_row(struct naive *r, const int64_t q[4], int64_t row, int64_t 
     }
 }
 
-static void naive_attention(struct naive *r, const struct array *query, const struct array *key,
-                            const struct array *value, const struct array *grad_output,
-                            const struct tokens *tokens, const struct sl_pattern *pattern, double scale) {
+static inline void naive_attention(struct naive *r, const struct array *query, const struct array *key,
+                                   const struct array *value, const struct array *grad_output,
+                                   const struct tokens *tokens, const struct sl_pattern *pattern,
+                                   double scale) {
     const int64_t *q = query->tensor.shape, n = q[2], d = q[3], n_kv = key->tensor.shape[1];
     double *keys = zeros(n * d), *values = zeros(n * d), *row = zeros(d), *grad = zeros(d), *p = zeros(2 * n);
     bool *visible = malloc((size_t)n + 1);

@@ -226,6 +226,60 @@ static void check_level(struct problem *p, const struct naive *expected, enum sl
     }
 }
 
+// The last queries of each row in arrays of their own, against the same keys: output and lse, then lse alone.
+// Padding in what comes before them moves their positions.
+static void check_past(const struct problem *p, const struct naive *expected, enum sl_cpu_level level) {
+    const int64_t n_batch = p->shape[0], n_head = p->shape[1], n = p->shape[2], d_head = p->shape[3];
+    const int64_t n_past = random_below(n + 1), n_query = n - n_past;
+    const int64_t shape[4] = {n_batch, n_head, n_query, d_head};
+    struct problem last = *p;
+    struct sl_attention_args *a = &last.args;
+    last.query = array_make(p->query.tensor.dtype, shape, (enum layout)random_below(LAYOUT_SHARED));
+    last.output = some_output(p->query.tensor.dtype, shape);
+    last.lse = malloc((size_t)(n_batch * n_head * n_query) * sizeof *last.lse + 1);
+    for (int64_t i = 0; i < n_batch * n_head * n_query; i++) {
+        const int64_t b = i / (n_head * n_query), h = i / n_query % n_head, q = i % n_query;
+        memcpy(array_at(&last.query, b, h, q, 0), array_at(&p->query, b, h, n_past + q, 0),
+               (size_t)(d_head * sl_dtype_size(p->query.tensor.dtype)));
+    }
+    memset(&a->grad_output, 0, 4 * sizeof a->grad_output);
+    a->n_past = n_past;
+    a->query = last.query.tensor;
+    a->output = last.output.tensor;
+    a->lse.data = last.lse;
+    a->lse.shape[2] = a->lse.stride[1] = n_query;
+    a->lse.stride[0] = n_head * n_query;
+    for (int alone = 0; alone < 2; alone++) {
+        struct sl_error err = {""};
+        CHECK(sl_attention_forward_check(a, &err) == SL_OK, CASE ": %s", CASE_OF(p, level), err.text);
+        for (int64_t i = 0; i < n_batch * n_head * n_query; i++) {
+            last.lse[i] = NAN;
+        }
+        run_with_workspace(&last, 1 + alone, sl_attention_forward_workspace(a, 1 + alone),
+                           sl_attention_forward, level);
+        for (int64_t i = 0; i < n_batch * n_head * n_query; i++) {
+            const int64_t row = i / n_query * n + n_past + i % n_query;
+            const double got = (double)last.lse[i], want = expected->lse[row];
+            CHECK(got == want || fabs(got - want) <= 2e-5 * (1 + fabs(want)),
+                  CASE " past %d lse %d: got %g expected %g", CASE_OF(p, level), (int)n_past, (int)i, got,
+                  want);
+            for (int64_t d = 0; d < d_head; d++) {
+                const double value =
+                    array_get(&last.output, i / (n_head * n_query), i / n_query % n_head, i % n_query, d);
+                const double error = fabs(value - expected->out[row * d_head + d]);
+                CHECK(error <= 3e-2, CASE " past %d output %d: error %g", CASE_OF(p, level), (int)n_past,
+                      (int)i, error);
+            }
+        }
+        CHECK(array_gaps_intact(&last.output), CASE " past: wrote between rows", CASE_OF(p, level));
+        memset(&a->value, 0, sizeof a->value);
+        memset(&a->output, 0, sizeof a->output);
+    }
+    array_free(&last.query);
+    array_free(&last.output);
+    free(last.lse);
+}
+
 int main(int argc, char **argv) {
     const int n_case = argc > 2 ? atoi(argv[2]) : 72;
     struct sl_error err = {""};
@@ -241,6 +295,9 @@ int main(int argc, char **argv) {
                 CHECK(sl_cpu_level_select(sl_cpu_level_name((enum sl_cpu_level)level), &err) == SL_OK, "%s",
                       err.text);
                 check_level(&p, &expected, (enum sl_cpu_level)level);
+                if (p.kind == WHOLE_ROWS || p.kind == PADDING_MASK) {
+                    check_past(&p, &expected, (enum sl_cpu_level)level);
+                }
             }
         }
         naive_free(&expected);
