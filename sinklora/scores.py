@@ -63,21 +63,12 @@ def attention_scores(
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(query, torch.Tensor):
-        return (_torch_h2o or _load_torch_h2o()).attention_scores(
-            query,
-            key,
-            lse,
-            scale=scale,
-            score_window=score_window,
-            padding_mask=padding_mask,
-            group_reduction=group_reduction,
-        )
+        torch_h2o = _torch_h2o or _load_torch_h2o()
+        options = {"scale": scale, "score_window": score_window, "group_reduction": group_reduction}
+        return torch_h2o.attention_scores(query, key, lse, padding_mask=padding_mask, **options)
     read = _read_numpy if isinstance(query, np.ndarray) else _read_dlpack
     return _numpy_scores(
-        read("query", query),
-        read("key", key),
-        None if lse is None else read("lse", lse),
-        scale,
+        *(read("query", query), read("key", key), None if lse is None else read("lse", lse), scale),
         check_score_window(score_window),
         None if padding_mask is None else read("padding_mask", padding_mask),
         check_group_reduction(group_reduction),
