@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy import assert_close
+from accuracy import assert_close, assert_same_bits
 from torch import Tensor
 
 from sinklora import torch_h2o
@@ -28,6 +28,30 @@ def make(
 ) -> list[Tensor]:
     """query, key, value of new tokens."""
     return [torch.randn(batch, n, tokens, dim, generator=rng).to(dtype) for n in (heads, kv_heads, kv_heads)]
+
+
+def cache(rng: torch.Generator, *, used: int = 6, budget: int = 6, batch: int = 2) -> dict[str, Tensor]:
+    """A cache of 2 heads and 8 slots whose rows hold positions 0, 1, 2, ... in the first slots."""
+    positions = torch.full((batch, 2, 8), -1, dtype=torch.int32)
+    positions[:, :, :used] = torch.arange(used)
+    scores = torch.rand(batch, 2, 8, generator=rng)
+    return {
+        "key": torch.randn(batch, 2, 8, 16, generator=rng),
+        "value": torch.randn(batch, 2, 8, 16, generator=rng),
+        "scores": scores,
+        "positions": positions,
+        "free_slot": torch.full((batch, 2), used, dtype=torch.int32),
+        "rows": torch.tensor([[used, used, budget, 2]], dtype=torch.int32).repeat(batch, 1),
+    }
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def assert_unchanged(after: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+    for name, tensor in before.items():
+        assert_same_bits(after[name], tensor, name)
 
 
 class OperatorCache:
