@@ -19,6 +19,7 @@ except ImportError as error:
 from .about import info
 from .ops import sf_attention
 from .pattern import SFPattern
+from .scores import attention_scores
 from .threads import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SFPattern",
     "__version__",
+    "attention_scores",
     "finetune",
     "get_num_threads",
     "info",

@@ -15,6 +15,10 @@ import numpy.typing as npt
 
 from . import _C
 from .pattern import SFPattern
+from .reference_h2o import H2OSimulation
+from .scores import check_group_reduction, check_score_window
+
+__all__ = ["H2OSimulation", "attention_scores", "causal_attention", "sf_attention"]
 
 _Mask = npt.NDArray[np.bool_]
 
@@ -83,12 +87,114 @@ def sf_attention(
     return (output, lse) if return_lse else output
 
 
+def causal_attention(
+    query: Any, key: Any, value: Any, *, scale: float | None = None, padding_mask: Any = None
+) -> tuple[Any, Any]:
+    """Full causal attention by its definition, in float64: output (B, H, n_query, D), lse (B, H, n_query).
+
+    Args:
+        query: (B, H, n_query, D). key, value: (B, Hkv, n_key, D), n_key >= n_query: the queries are the last
+            ones. Torch or NumPy, any floating dtype.
+        scale: multiplies query . key; 1 / sqrt(D) by default.
+        padding_mask: bool (B, n_key), True = kept. Padded rows are 0, their lse -infinity.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    xp, q, k, kv_head, factor = _causal_inputs(query, key, scale)
+    if tuple(value.shape) != tuple(key.shape):
+        raise ValueError(f"value: expected key's shape {tuple(key.shape)}, got {tuple(value.shape)}")
+    v = _double(xp, value)
+    output = xp.zeros_like(q)
+    lse = xp.zeros_like(q[..., 0]) - math.inf
+    for row, rows, columns, allowed in _causal_rows(xp, q, k, padding_mask):
+        out, row_lse = _dense(
+            xp, q[row][:, rows], k[row][kv_head][:, columns], v[row][kv_head][:, columns], allowed, factor
+        )
+        output[row][:, rows] = out
+        lse[row][:, rows] = row_lse
+    return output, lse
+
+
+def attention_scores(
+    query: Any,
+    key: Any,
+    lse: Any = None,
+    *,
+    scale: float | None = None,
+    score_window: int | None = None,
+    padding_mask: Any = None,
+    group_reduction: str = "sum",
+) -> Any:
+    """``sinklora.attention_scores`` by its definition, dense and in float64: (B, Hkv, n_key).
+
+    Arguments, errors and meaning as there; torch or NumPy, any floating dtype.
+    """
+    window, is_mean = check_score_window(score_window), check_group_reduction(group_reduction)
+    xp, q, k, kv_head, factor = _causal_inputs(query, key, scale)
+    scores = xp.zeros_like(k[..., 0])
+    for row, rows, columns, allowed in _causal_rows(xp, q, k, padding_mask):
+        logits, row_lse = _logits(xp, q[row][:, rows], k[row][kv_head][:, columns], allowed, factor)
+        if lse is not None:
+            row_lse = _double(xp, lse)[row][:, rows]
+        received = xp.exp(logits - row_lse[..., None])[:, -(window or len(rows)) :].sum(1)
+        scores[row][:, columns] = received.reshape(k.shape[1], -1, len(columns)).sum(1)
+    return scores * k.shape[1] / q.shape[1] if is_mean else scores
+
+
 def _dense(xp: Any, query: Any, key: Any, value: Any, allowed: Any, scale: float) -> tuple[Any, Any]:
     """(H, n, D) each and bool (H, n, n), every row with at least one True: output (H, n, D), lse (H, n)."""
-    scores = xp.where(allowed, scale * (query @ key.swapaxes(1, 2)), -math.inf)
-    largest = xp.amax(scores, -1)
-    lse = largest + xp.log(xp.sum(xp.exp(scores - largest[..., None]), -1))
-    return xp.exp(scores - lse[..., None]) @ value, lse
+    logits, lse = _logits(xp, query, key, allowed, scale)
+    return xp.exp(logits - lse[..., None]) @ value, lse
+
+
+def _logits(xp: Any, query: Any, key: Any, allowed: Any, scale: float) -> tuple[Any, Any]:
+    logits = xp.where(allowed, scale * (query @ key.swapaxes(1, 2)), -math.inf)
+    largest = xp.amax(logits, -1)
+    return logits, largest + xp.log(xp.sum(xp.exp(logits - largest[..., None]), -1))
+
+
+def _causal_inputs(query: Any, key: Any, scale: float | None) -> tuple[Any, Any, Any, Any, float]:
+    """The array module, query and key in float64, each query head's key/value head, and the scale."""
+    torch = sys.modules.get("torch")
+    xp: Any = torch if torch is not None and isinstance(query, torch.Tensor) else np
+    if query.ndim != 4 or key.ndim != 4:
+        raise ValueError(
+            "query, key: expected (B, H, n_query, D) and (B, Hkv, n_key, D), got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}"
+        )
+    batch, heads, num_queries, dim = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    if (
+        key.shape[0] != batch
+        or kv_heads < 1
+        or heads % kv_heads
+        or num_keys < num_queries
+        or key.shape[3] != dim
+    ):
+        raise ValueError(f"key: expected (B, Hkv, n_key, D) for {tuple(query.shape)}, got {tuple(key.shape)}")
+    kv_head = _index(xp, np.arange(heads) // (heads // kv_heads), query)
+    return (
+        xp,
+        _double(xp, query),
+        _double(xp, key),
+        kv_head,
+        1 / math.sqrt(dim) if scale is None else float(scale),
+    )
+
+
+def _causal_rows(xp: Any, query: Any, key: Any, padding_mask: Any) -> Iterator[tuple[int, Any, Any, Any]]:
+    """Each batch row with kept queries: which queries, which keys, who may see whom (1, queries, keys)."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    for row in range(len(query)):
+        kept = (
+            np.ones(num_keys, bool) if padding_mask is None else np.asarray(padding_mask[row], dtype=np.bool_)
+        )
+        columns = np.flatnonzero(kept)
+        rows = np.flatnonzero(kept[num_keys - num_queries :])
+        if len(rows):
+            allowed = np.tri(len(rows), len(columns), len(columns) - len(rows), dtype=np.bool_)
+            yield row, *(_index(xp, array, query) for array in (rows, columns, allowed[None]))
 
 
 def _allowed(pattern: SFPattern, heads: int, tokens: int, roll: bool) -> _Mask:
