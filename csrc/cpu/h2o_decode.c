@@ -133,7 +133,7 @@ static char *row_of(const struct sl_tensor *t, int64_t b, int64_t h, int64_t n) 
 static struct sl_slots slots_of(const struct sl_tensor *t, int64_t b, int64_t hk, const struct sl_live *live,
                                 int64_t x) {
     struct sl_slots slots = {row_of(t, b, hk, live->index ? 0 : live->first + x),
-                             t->stride[2] * sl_dtype_size(t->dtype), NULL, t->dtype};
+                             t->stride[2] * sl_dtype_size(t->dtype), NULL, live->n - x, t->dtype};
     slots.index = live->index ? live->index + x : NULL;
     return slots;
 }

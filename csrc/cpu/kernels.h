@@ -60,6 +60,7 @@ struct sl_slots {
     const char *data;
     int64_t stride; // bytes from slot to slot
     const int32_t *index;
+    int64_t n; // slots there are, which may be more than a call is about: how far it may prefetch
     enum sl_dtype dtype;
 };
 
