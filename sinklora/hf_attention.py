@@ -12,17 +12,14 @@ import weakref
 from typing import Any
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from . import torch_ops
-from .hf_masks import Rows, dense_mask, find_rows, padding_of_dense
+from .hf_full import full_attention, run_kernel
+from .hf_masks import Rows, find_rows, padding_of_dense
 from .hf_settings import CONFIG_KEY, from_settings, watch_saving
 from .pattern import SFPattern
 
 logger = logging.getLogger("sinklora")
 
-# Full causal attention is the pattern of one group that no sequence fills.
-_FULL = SFPattern(group_size=2**31 - 1, num_sink_tokens=0, shifted_fraction=0.0)
 _DEFAULT = (SFPattern(), "full")
 
 # What models hand to their attention function that changes the result and that neither path here computes.
@@ -34,7 +31,6 @@ _REFUSED = {
     "block_indices": "keys chosen by an indexer (block_indices)",
     "cache": "the paged cache of continuous batching",
 }
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ELSEWHERE = 'model.set_attn_implementation("sdpa") or "eager" for this model'
 
 _said: dict[int, set[str]] = {}
@@ -68,30 +64,15 @@ def sinklora_attention(
         rows = _rows_for_sf(attention_mask, query.shape[2], kwargs)
         if module.training and not torch.compiler.is_compiling():
             _warn_short_rows(module.config, pattern, query.shape[2])
-        return _run_kernel(module, query, key, value, pattern, scaling, rows), None
+        return run_kernel(module, query, key, value, pattern, scaling, rows), None
 
-    mask = attention_mask
-    if causal and query.shape[2] == key.shape[2] and (mask is None or mask.ndim <= 2):
-        rows = find_rows(mask, query.shape[2], kwargs)
-        # sliding_window is for kernels that mask by themselves: where it bites, the mask is dense here.
-        if position_bias is None and _kernel_takes(query, key, value):
-            return _run_kernel(module, query, key, value, _FULL, scaling, rows), None
-        mask = dense_mask(rows, query.shape[2], query.device)
-    elif causal and kwargs.get("cu_seq_lens_q") is not None:
-        raise NotImplementedError(
-            "cu_seq_lens_q: packed sequences cannot go on from past tokens in a cache; pass use_cache=False, "
-            "and an attention mask of at most 2 dimensions"
-        )
-    output, _ = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        mask,
+    output = full_attention(
+        *(module, query, key, value, attention_mask),
+        causal=causal,
         dropout=dropout,
         scaling=scaling,
-        is_causal=causal,
         position_bias=position_bias,
+        kwargs=kwargs,
     )
     return output, None
 
@@ -216,64 +197,3 @@ def _rows_for_sf(attention_mask: torch.Tensor | None, num_tokens: int, kwargs: d
             "position_ids that restart for packed rows"
         )
     return find_rows(padding_mask, num_tokens, kwargs)
-
-
-def _kernel_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Can our kernel run here? SDPA is used where it cannot (other devices, float64, odd sizes)."""
-    dim = query.shape[-1]
-    return (
-        query.device.type == "cpu"
-        and all(tensor.dtype in _KERNEL_DTYPES for tensor in (query, key, value))
-        and dim % 8 == 0
-        and 0 < dim <= 256
-        and value.shape[-1] <= dim
-    )
-
-
-def _run_kernel(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: SFPattern,
-    scaling: float | None,
-    rows: Rows,
-) -> torch.Tensor:
-    dtype = _target_dtype(module, query)
-    value_dim = value.shape[-1]
-    if (
-        value_dim < query.shape[-1]
-    ):  # latent attention (DeepSeek): zero columns add nothing and are cut off again
-        value = torch.nn.functional.pad(value, (0, query.shape[-1] - value_dim))
-    output, _ = torch_ops.sf_attention(
-        query.to(dtype),
-        key.to(dtype),
-        value.to(dtype),
-        pattern,
-        scale=scaling,
-        cu_seqlens=rows.cu_seqlens,
-        padding_mask=rows.padding_mask,
-        position_ids=rows.position_ids,
-    )
-    return output[..., :value_dim].transpose(1, 2).contiguous()  # a copy only where columns were cut off
-
-
-def _target_dtype(module: torch.nn.Module, query: torch.Tensor) -> torch.dtype:
-    """The one dtype of query, key and value, as transformers' flash-attention wrapper chooses it.
-
-    A float32 query beside weights of another dtype comes from rotary embeddings under autocast or from norms
-    that PEFT keeps in float32.
-    """
-    if query.dtype != torch.float32:
-        return query.dtype
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    config: Any = module.config
-    if hasattr(config, "_is_quantized"):
-        dtype: torch.dtype = config.dtype
-        return dtype
-    for layer in module.modules():
-        if isinstance(layer, torch.nn.Linear):
-            return layer.weight.dtype
-    return query.dtype

@@ -38,26 +38,23 @@ def sinklora_mask(
 ) -> torch.Tensor | None:
     """The mask function of the name "sinklora" in transformers' AttentionMaskInterface.
 
-    Returns None (causal), the bool (B, N) padding mask, or an empty int64 tensor: "causal, and packed as
+    Returns None (causal), the bool (B, n_key) padding mask, or an empty int64 tensor: "causal, and packed as
     position_ids say", so that a model that does not pass position_ids on cannot lose the packing silently.
-    Otherwise what `sdpa_mask` returns, a bool (B, 1, n_query, n_key) mask or None: where the queries are not
-    all the keys (static caches have empty slots behind, caches earlier tokens), and where more than causality
-    is asked for.
+    A padding mask may be shorter than the keys: a static cache has empty slots behind. Where more than
+    causality is asked for, and in a graph where a static cache's length cannot be read, what `sdpa_mask`
+    returns: a bool (B, 1, n_query, n_key) mask or None.
     """
-    # A static cache's offset is a tensor: comparing it would read it, and its keys have the capacity's
-    # length.
-    plain = (
-        not isinstance(q_offset, torch.Tensor)
-        and q_length == kv_length
-        and q_offset == kv_offset
-        and (attention_mask is None or attention_mask.ndim == 2)
-    )
-    if plain and _is_causal(mask_function, kv_length, kwargs):
-        if attention_mask is not None:
-            return _fit(attention_mask, kv_offset, kv_length)
-        if kwargs.get("allow_is_causal_skip", True):
-            return None
-        return torch.empty(0, dtype=torch.int64, device=kwargs.get("device"))
+    n_key = _keys_so_far(q_length, kv_length, q_offset, kv_offset)
+    is_2d = attention_mask is None or attention_mask.ndim == 2
+    if n_key is not None and is_2d and _is_causal(mask_function, n_key, q_length, q_offset, kwargs):
+        if attention_mask is None and n_key == kv_length:
+            packed = not kwargs.get("allow_is_causal_skip", True) and not _is_static(q_offset)
+            return torch.empty(0, dtype=torch.int64, device=kwargs.get("device")) if packed else None
+        if attention_mask is None:
+            return torch.ones(batch_size, n_key, dtype=torch.bool, device=kwargs.get("device"))
+        if n_key == q_length and kv_offset == 0:
+            return _fit(attention_mask, n_key)
+        return _fit_past(attention_mask, kv_offset, n_key, may_drop=n_key == kv_length)
     dense: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -76,7 +73,27 @@ def is_packing_marker(mask: torch.Tensor) -> bool:
     return mask.ndim == 1
 
 
-def _is_causal(mask_function: Callable[..., Any], n_key: int, kwargs: dict[str, Any]) -> bool:
+def _keys_so_far(q_length: int, kv_length: int, q_offset: int | torch.Tensor, kv_offset: int) -> int | None:
+    """The number of keys up to the last query's, from kv_offset on; None where it cannot be told."""
+    if isinstance(q_offset, torch.Tensor):  # a static cache's: reading it would break a graph
+        if torch.compiler.is_compiling() or q_offset.device.type != "cpu":
+            return None
+        q_offset = int(q_offset)
+    n_key = q_offset + q_length - kv_offset
+    return n_key if q_length <= n_key <= kv_length else None
+
+
+def _is_static(q_offset: int | torch.Tensor) -> bool:
+    return isinstance(q_offset, torch.Tensor)
+
+
+def _is_causal(
+    mask_function: Callable[..., Any],
+    n_key: int,
+    q_length: int,
+    q_offset: int | torch.Tensor,
+    kwargs: dict[str, Any],
+) -> bool:
     """Does mask_function mean causal attention (packed or not), for rows of n_key tokens?
 
     transformers folds packing and windows into closures. Only what is known to be harmless is recognised: a
@@ -84,20 +101,50 @@ def _is_causal(mask_function: Callable[..., Any], n_key: int, kwargs: dict[str, 
     """
     skip = kwargs.get("allow_is_causal_skip", True)
     if mask_function is causal_mask_function:
-        return bool(skip)  # skip off: the caller wants a mask to combine with others
+        # Skip off: the caller wants a mask to combine with others. transformers also turns it off for one
+        # token over a static cache, for the sake of graphs.
+        return bool(skip) or (_is_static(q_offset) and q_length == 1)
     if kwargs.get("use_vmap", False) or mask_function.__name__ != _AND_MASKS_NAME:
         return False  # a user's or a model's own mask; blocks (or_mask); bidirectional
     local_size = kwargs.get("local_size")
     if local_size is None:
-        return not skip  # transformers itself found packing
+        return not skip and n_key == q_length  # transformers itself found packing
     return bool(n_key <= local_size)  # a window or chunk that does not bite, packed or not
 
 
-def _fit(mask: torch.Tensor, kv_offset: int, n_key: int) -> torch.Tensor:
+def _fit(mask: torch.Tensor, n_key: int) -> torch.Tensor:
     """The bool (B, n_key) part of a 2D mask that belongs to the keys; keys beyond it are padding."""
-    part = mask[:, kv_offset : kv_offset + n_key].to(torch.bool)
+    part = mask[:, :n_key].to(torch.bool)
     missing = n_key - part.shape[1]
     return torch.nn.functional.pad(part, (0, missing)) if missing > 0 else part
+
+
+def _fit_past(mask: torch.Tensor, kv_offset: int, n_key: int, may_drop: bool) -> torch.Tensor | None:
+    """The bool (B, n_key) part of a 2D mask over past and new tokens; None where it hides nothing."""
+    if mask.shape[1] < kv_offset + n_key:
+        raise ValueError(
+            f"attention_mask: expected a column for each of the {kv_offset + n_key} tokens so far, those in "
+            f"the cache included, got shape {tuple(mask.shape)}"
+        )
+    part = mask[:, kv_offset : kv_offset + n_key].to(torch.bool)
+    may_drop = may_drop and part.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if may_drop and bool(part.all()) else part
+
+
+def past_mask(
+    padding_mask: torch.Tensor | None, n_query: int, n_key: int, device: torch.device
+) -> torch.Tensor:
+    """The bool (B or 1, 1, n_query, n_key) mask of the last n_query of n_key tokens, causal, as SDPA takes
+    it.
+
+    A padded query sees itself, so that its softmax has a sum.
+    """
+    key = torch.arange(n_key, device=device)
+    query = key[n_key - n_query :, None]
+    causal = (query >= key)[None, None]
+    if padding_mask is None:
+        return causal
+    return (causal & padding_mask[:, None, None, :]) | (query == key)
 
 
 def find_rows(attention_mask: torch.Tensor | None, num_tokens: int, kwargs: dict[str, Any]) -> Rows:

@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from sinklora.hf_masks import dense_mask, find_rows, padding_of_dense, sinklora_mask
+from sinklora.hf_masks import dense_mask, find_rows, padding_of_dense, past_mask, sinklora_mask
 
 N = 12
 PACKED = packed_sequence_compatibility_function(
@@ -49,7 +49,7 @@ def test_keys_beyond_a_short_mask_are_padding() -> None:
     "arguments",
     [
         {"q_offset": torch.tensor(0), "allow_is_causal_skip": False},  # a static cache
-        {"q_length": 4, "q_offset": N - 4},  # a chunk after others
+        {"q_length": 4, "q_offset": N - 3},  # more queries than keys are left
         {"mask_function": sliding_window_causal_mask_function(5), "local_size": 5},
         {"mask_function": bidirectional_mask_function, "allow_is_causal_skip": False},
         {"allow_is_causal_skip": False},  # the caller combines it with another mask
@@ -58,6 +58,43 @@ def test_keys_beyond_a_short_mask_are_padding() -> None:
 def test_dense_elsewhere(arguments: dict[str, Any]) -> None:
     found = _mask(**arguments)
     assert found is not None and found.shape == (1, 1, arguments.get("q_length", N), N)
+
+
+def test_nothing_dense_over_past_tokens() -> None:
+    """A chunk after others, one token, and a static cache whose last slots are empty."""
+    assert _mask(q_length=4, q_offset=N - 4) is None
+    kept = torch.ones(1, N, dtype=torch.bool)
+    assert _mask(q_length=4, q_offset=N - 4, attention_mask=kept) is None
+    kept[:, :3] = False
+    found = _mask(q_length=1, q_offset=N - 1, attention_mask=kept)
+    assert found is not None and torch.equal(found, kept)
+    window = sliding_window_causal_mask_function(N)
+    assert _mask(q_length=4, q_offset=N - 4, mask_function=window, local_size=N) is None
+    static = {"q_offset": torch.tensor(N - 5), "allow_is_causal_skip": False}
+    found = _mask(q_length=1, **static)
+    assert found is not None and found.tolist() == [[True] * (N - 4)]
+    found = _mask(q_length=1, attention_mask=kept, **static)
+    assert found is not None and torch.equal(found, kept[:, : N - 4])
+
+
+def test_what_an_evicting_cache_asks_for() -> None:
+    """Its keys are the new tokens, from kv_offset on."""
+    kept = torch.ones(1, N, dtype=torch.bool)
+    given = {"q_length": 4, "kv_length": 4, "q_offset": N - 4, "kv_offset": N - 4}
+    assert _mask(**given) is None and _mask(**given, attention_mask=kept) is None
+    kept[:, -2:] = False
+    found = _mask(**given, attention_mask=kept)
+    assert found is not None and found.tolist() == [[True, True, False, False]]
+    with pytest.raises(ValueError, match=r"attention_mask.*12 tokens so far.*\(1, 4\)"):
+        _mask(**given, attention_mask=kept[:, -4:])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_mask_of_past_tokens_for_sdpa(padded: bool) -> None:
+    kept = torch.arange(N)[None] >= 3 if padded else None
+    causal = torch.ones(N, N, dtype=torch.bool).tril()[-4:]
+    expected = causal & kept if kept is not None else causal
+    assert torch.equal(past_mask(kept, 4, N, torch.device("cpu"))[0, 0], expected)
 
 
 def test_mask_wins_over_positions() -> None:
