@@ -24,11 +24,13 @@ from .threads import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from . import finetune, reference
+    from .cache import H2OCache
     from .hf import patch, patched, register, unpatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "H2OCache",
     "SFPattern",
     "__version__",
     "attention_scores",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 # Names whose modules import torch or transformers: name -> module, resolved at first use.
-_LAZY = {"register": "hf", "patch": "hf", "unpatch": "hf", "patched": "hf"}
+_LAZY = {"H2OCache": "cache", "register": "hf", "patch": "hf", "unpatch": "hf", "patched": "hf"}
 _LAZY_MODULES = frozenset({"reference", "finetune"})
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from . import cache_link
 from .hf_full import full_attention, run_kernel
+from .hf_h2o import h2o_attention
 from .hf_masks import Rows, find_rows, padding_of_dense
 from .hf_settings import CONFIG_KEY, from_settings, watch_saving
 from .pattern import SFPattern
@@ -59,6 +61,18 @@ def sinklora_attention(
     _refuse_arguments(kwargs)
     pattern, eval_attention = settings_of(module.config)  # type: ignore[arg-type]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    layer = cache_link.take(key)
+    if layer is not None:
+        output = h2o_attention(
+            *(module, layer, query, key, value, attention_mask),
+            causal=causal,
+            scaling=scaling,
+            eval_attention=eval_attention,
+            sliding_window=sliding_window,
+            position_bias=position_bias,
+            kwargs=kwargs,
+        )
+        return output, None
     if module.training or eval_attention == "sf":
         _refuse_for_sf(module, query, key, dropout, causal, sliding_window, position_bias)
         rows = _rows_for_sf(attention_mask, query.shape[2], kwargs)

@@ -1,0 +1,149 @@
+"""The attention function's part for a layer of an H2OCache: what it refuses, and how masks reach the
+layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache_layer import H2OLayer, NewTokens
+from .cache_ranks import RankedLayer
+from .hf_full import aligned, as_module_output, needs_grad
+from .hf_masks import padding_of_dense
+
+
+def h2o_attention(
+    module: torch.nn.Module,
+    layer: H2OLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None,
+    causal: bool,
+    eval_attention: str,
+    sliding_window: int | None,
+    position_bias: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The output, (B, n, H, D), of the new tokens over the layer's entries and themselves.
+
+    Raises RuntimeError in training mode, NotImplementedError for what such a cache cannot honour; the layer
+    is unchanged then.
+    """
+    try:
+        num_new = query.shape[2]
+        if module.training:
+            raise RuntimeError(
+                "past_key_values: an H2OCache is for inference, got a model in training mode; call "
+                "model.eval(), or pass use_cache=False"
+            )
+        _refuse(layer, num_new, causal, eval_attention, sliding_window, position_bias, kwargs)
+        mask = _mask_of_new(layer, attention_mask, num_new, kwargs)
+        new = NewTokens(*aligned(module, query, key, value), mask, scaling)
+        if isinstance(layer, RankedLayer):
+            positions = _positions(layer, mask, num_new, kwargs, key.device)
+            new.rotation = layer.rotary.received(module, layer.index, positions, key)
+        output = layer.attend(new)
+        if needs_grad(query, key, value) and not output.requires_grad:
+            output = _ForwardOnly.apply(output, query)
+        return as_module_output(output, value.shape[-1])
+    except Exception:
+        layer.unfinished = False
+        raise
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Ties an output to the query, so that a backward raises instead of dropping gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, query: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError(
+            "past_key_values: an H2OCache is for inference, its attention has no gradient, got a backward; "
+            "pass "
+            "use_cache=False"
+        )
+
+
+def _refuse(
+    layer: H2OLayer,
+    num_new: int,
+    causal: bool,
+    eval_attention: str,
+    sliding_window: int | None,
+    position_bias: Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    if not causal:
+        raise NotImplementedError("is_causal: an H2OCache is for causal attention, got a non-causal layer")
+    if eval_attention == "sf":
+        raise NotImplementedError(
+            'eval_attention: SF-Attn over cached tokens is not defined, got "sf" and an H2OCache; patch the '
+            'model with eval_attention="full"'
+        )
+    reach = layer.reach(num_new)
+    if sliding_window is not None and 0 < sliding_window < reach:
+        raise NotImplementedError(
+            f"sliding_window: expected none, or at least the {reach} tokens that the H2OCache's layer "
+            f"{layer.index} looks back on, got {sliding_window}; load the model with sliding_window=None"
+        )
+    if position_bias is not None:
+        raise NotImplementedError("position_bias: an H2OCache adds no bias to the scores")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError(
+            "cu_seq_lens_q: packed sequences cannot share an H2OCache; pass them as padded rows of a batch"
+        )
+
+
+def _mask_of_new(layer: H2OLayer, mask: Tensor | None, num_new: int, kwargs: dict[str, Any]) -> Tensor | None:
+    """The bool (B, n) mask of the new tokens, None where all are kept."""
+    if mask is not None and mask.ndim > 2 and layer.columns == 0:
+        mask = padding_of_dense(mask, num_new)
+        if mask is None:
+            raise NotImplementedError(_DENSE)
+    if mask is not None and mask.ndim != 2:
+        raise NotImplementedError(_DENSE)
+    if mask is not None:
+        if mask.shape[1] != num_new:
+            raise ValueError(
+                f"attention_mask: expected columns for all {layer.columns + num_new} tokens so far, the "
+                f"{num_new} new ones included, got a mask that leaves {mask.shape[1]} for the new ones"
+            )
+        return None if bool(mask.all()) else mask.to(torch.bool)
+    position_ids: Any = kwargs.get("position_ids")
+    told = layer.index == 0 and position_ids is not None and position_ids.ndim == 2
+    if told and bool((torch.diff(position_ids, dim=1) <= 0).any()):
+        raise NotImplementedError(
+            "position_ids: expected positions that ascend, as rows of an H2OCache are one sequence each, "
+            "got some that restart (packed rows); pass them as padded rows of a batch"
+        )
+    return None
+
+
+def _positions(
+    layer: H2OLayer, mask: Tensor | None, num_new: int, kwargs: dict[str, Any], device: torch.device
+) -> Tensor:
+    """int64 (B or 1, n): the positions that the model rotated the new tokens by."""
+    position_ids: Tensor | None = kwargs.get("position_ids")
+    if position_ids is not None and position_ids.ndim == 2 and position_ids.shape[1] == num_new:
+        return position_ids
+    if position_ids is not None or mask is not None or layer.clean != layer.columns:
+        raise NotImplementedError(
+            'positions: "cache" needs to know what keys were rotated by, but this model does not pass 2D '
+            "position_ids to its attention, and rows of this batch are padded"
+        )
+    return torch.arange(layer.columns, layer.columns + num_new, device=device)[None]
+
+
+_DENSE = (
+    "attention_mask: an H2OCache takes a 2D padding mask (batch, tokens so far), or at first a causal 4D "
+    "mask, got a mask that is more"
+)
