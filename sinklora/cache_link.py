@@ -35,7 +35,15 @@ def refuse_graphs() -> None:
 
 def leave(layer: H2OLayer, key: torch.Tensor) -> None:
     """Notes that the next attention call with this key tensor is for layer."""
-    _notes[get_ident()] = weakref.ref(layer), weakref.ref(key)
+    thread = get_ident()
+    # A note that nobody takes goes with its key: it must not stand in the way of graphs later.
+    _notes[thread] = weakref.ref(layer), weakref.ref(key, lambda gone: _forget(thread, gone))
+
+
+def _forget(thread: int, gone: weakref.ref[torch.Tensor]) -> None:
+    note = _notes.get(thread)
+    if note is not None and note[1] is gone:
+        del _notes[thread]
 
 
 def take(key: torch.Tensor) -> H2OLayer | None:

@@ -105,8 +105,6 @@ def refuse_config(config: Any) -> None:
     layers = getattr(config, "no_rope_layers", None) or ()
     if 0 in layers or len(set(getattr(config, "layer_types", None) or ())) > 1:
         raise NotImplementedError(_WHY + "needs layers that all rotate alike, got layers of several kinds")
-    if getattr(config, "qk_rope_head_dim", None) is not None:
-        raise NotImplementedError(_WHY + "needs the first dimensions of a head rotated, got latent attention")
 
 
 def _half(x: Tensor) -> Tensor:

@@ -33,6 +33,11 @@ def decoder_config(config: Any) -> Any:
         raise NotImplementedError(
             f"config: expected layers of plain attention, got layer_types {sorted(others)}"
         )
+    rank = getattr(text, "kv_lora_rank", None)
+    if rank is not None:
+        raise NotImplementedError(
+            f"config: expected keys cached as attention gets them, got latent attention (kv_lora_rank {rank})"
+        )
     if getattr(text, "kv_sharing_modes", None) is not None or getattr(text, "num_kv_shared_layers", None):
         raise NotImplementedError("config: expected keys of each layer's own, got layers that share them")
     return text
