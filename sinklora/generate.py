@@ -66,13 +66,14 @@ class CacheSettings:
         config: Any = text_config(model.config)
         if self.full:
             return DynamicCache(config=config)
-        return H2OCache(
+        bounded: Cache = H2OCache(
             config,
             heavy=self.heavy,
             recent=self.recent,
             num_sink_tokens=self.num_sink_tokens,
             positions=self.positions,
         )
+        return bounded
 
     def fit(self, model: PreTrainedModel, sampling: Sampling) -> Sampling:
         """The sampling with pieces of the prompt so short that positions by rank stay inside the model's

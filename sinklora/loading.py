@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,17 @@ from transformers import (
 )
 
 from .hf import patch
-from .hf_settings import FILE_NAME, base_model
+from .hf_settings import CONFIG_KEY, FILE_NAME, base_model, text_config
+from .pattern import SFPattern
 
 logger = logging.getLogger("sinklora")
 
 # Where `sinklora demo` writes when it is not told otherwise.
 DEMO_FOLDER = "sinklora-demo"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _ADAPTER_FILE = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -56,16 +60,25 @@ def open_model(name: str | os.PathLike[str] | None = None, dtype: str = "auto") 
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     source = _locate(name)
+    carried: Path | SFPattern | None = None
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     folder = Path(source)
     if (folder / _ADAPTER_FILE).is_file():
         model, tokenizer_source = _open_adapter(folder, options)
         carried = folder if (folder / FILE_NAME).is_file() else None
     else:
-        model, tokenizer_source, carried = _open(AutoModelForCausalLM, source, options), source, None
+        model, tokenizer_source = _open(AutoModelForCausalLM, source, options), source
     tokenizer: PreTrainedTokenizerBase = _open(AutoTokenizer, tokenizer_source, {})
+    if carried is None and getattr(text_config(model.config), CONFIG_KEY, None) is None:
+        # Given, not left out: patch warns of settings nobody chose, and none of them acts in eval mode.
+        carried = SFPattern()
     patch(model, carried, eval_attention="full")
     return OpenedModel(model.eval(), tokenizer, str(source))
+
+
+def on_the_hub(name: str) -> bool:
+    """Whether open_model will ask the Hub for it: "owner/name", and nothing of that name here."""
+    return bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
 
 
 def _locate(name: str | os.PathLike[str] | None) -> str:
@@ -79,16 +92,18 @@ def _locate(name: str | os.PathLike[str] | None) -> str:
         return DEMO_FOLDER
     text = os.path.expanduser(os.fspath(name))
     path = Path(text)
+    if on_the_hub(text):
+        return text
+    if not text:
+        raise ValueError("model: no such folder: ''")
     if path.is_dir():
         if any((path / file).is_file() for file in ("config.json", _ADAPTER_FILE)):
             return text
         raise ValueError(f"model: expected config.json or {_ADAPTER_FILE} in {text}, found neither")
     if path.exists():
         raise ValueError(f"model: expected a folder, got the file {text}")
-    # A Hub name is "owner/name" or "name"; everything else can only have meant a folder.
-    if not text or path.is_absolute() or text.startswith(".") or text.count("/") > 1 or "\\" in text:
-        raise ValueError(f"model: no such folder: {text!r}")
-    return text
+    # The Hub's old names without an owner are not asked for: they are mostly folders spelt wrong.
+    raise ValueError(f"model: no such folder, nor a name on the Hub (owner/name): {text!r}")
 
 
 def _open_adapter(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, str]:
@@ -107,6 +122,9 @@ def _open_adapter(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedMode
             f"model: expected an adapter of weights such as LoRA, got {settings.peft_type} in {folder}, "
             "which puts tokens of its own into the cache"
         )
+    if not any((folder / file).is_file() for file in _ADAPTER_WEIGHTS):
+        # PEFT would ask the Hub for them.
+        raise ValueError(f"model: expected {_ADAPTER_WEIGHTS[0]} in {folder}, found none")
     base = settings.base_model_name_or_path
     if not base:
         raise ValueError(f"model: {folder / _ADAPTER_FILE} names no base model (base_model_name_or_path)")

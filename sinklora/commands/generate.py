@@ -66,9 +66,9 @@ def generate(
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The text from wherever the user put it. Raises typer.BadParameter."""
     if prompt is not None and file is not None:
-        raise typer.BadParameter("--file: expected either a prompt or a file, got both")
+        raise shared.bad("--file", "expected either a prompt or a file, got both")
     if prompt is None and file is None and sys.stdin.isatty():
-        raise typer.BadParameter("PROMPT: expected a text, --file FILE, or - for standard input; got none")
+        raise shared.bad("PROMPT", "expected a text, --file FILE, or - for standard input; got none")
     if prompt is None or prompt == "-":
         place = "-" if file is None else str(file)
         try:
@@ -77,11 +77,12 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         except (OSError, UnicodeDecodeError) as error:
             what = getattr(error, "strerror", None) or f"expected UTF-8, got {error}"
             name = "standard input" if place == "-" else place
-            raise typer.BadParameter(f"{'PROMPT' if file is None else '--file'}: {name}: {what}") from error
+            option = "PROMPT" if file is None else "--file"
+            raise shared.bad(option, f"{name}: {what}") from error
     else:
         text = prompt
     if not text:
-        raise typer.BadParameter("PROMPT: expected some text, got none")
+        raise shared.bad("PROMPT", "expected some text, got none")
     return text
 
 

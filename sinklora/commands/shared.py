@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -41,7 +42,10 @@ MIN_SHOWN_TOKENS = 512
 def _amount(text: str) -> int | float:
     from sinklora.generate import parse_amount
 
-    return parse_amount(text)
+    try:
+        return parse_amount(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 ModelOption = Annotated[
@@ -101,6 +105,11 @@ PrefillChunkOption = Annotated[
 ]
 
 
+def bad(option: str, what: str) -> typer.BadParameter:
+    """The error to raise about an option."""
+    return typer.BadParameter(what, param_hint=f"'{option}'")
+
+
 @contextlib.contextmanager
 def option_errors() -> Iterator[None]:
     """Turns an error "name: what is wrong" about a setting into one about the option."""
@@ -110,7 +119,7 @@ def option_errors() -> Iterator[None]:
         name, _, rest = str(error).partition(": ")
         if name not in _OPTIONS or not rest:
             raise
-        raise typer.BadParameter(f"{_OPTIONS[name]}: {rest}") from error
+        raise bad(_OPTIONS[name], rest) from error
 
 
 def cache_settings(
@@ -123,7 +132,7 @@ def cache_settings(
     given = {name: value for name, value in given.items() if value is not None}
     if full_cache and given:
         names = ", ".join(_OPTIONS[name] for name in given)
-        raise typer.BadParameter(f"--full-cache: expected alone, as it keeps everything, got {names} too")
+        raise bad("--full-cache", f"expected alone, as it keeps everything, got {names} too")
     with option_errors():
         return CacheSettings(**given, full=full_cache)
 
@@ -138,8 +147,10 @@ def sampling_settings(**values: Any) -> Sampling:
 def open_for_generation(name: str | None, dtype: str) -> OpenedModel:
     """Opens the model of the options, without the libraries' hints to each other."""
     with option_errors():
-        from sinklora.loading import open_model
+        from sinklora.loading import on_the_hub, open_model
 
+        if name is not None and on_the_hub(name):
+            note(f"no folder {name} here: asking the Hub")
         return open_model(name, dtype)
 
 
@@ -150,6 +161,8 @@ def prepare_libraries() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    # It tells every try to reach the Hub; the error at the end is enough.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def write(text: str) -> None:
