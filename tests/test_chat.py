@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import select
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_support import CHATML, CONTEXT, EVERYTHING, FULL, NO_SYSTEM, REWRITING, greedy, opened, save_model
 
+import sinklora
 from sinklora import cli
 from sinklora.chat import ChatSession
 from sinklora.chat_commands import ChatCommands, LeaveChat
 from sinklora.chat_formats import Dialogue, Llama2Format, PlainFormat, choose_format
-from sinklora.generate import CacheSettings, cache_facts, continue_tokens
+from sinklora.generate import CacheSettings, Sampling, cache_facts, continue_tokens
 from sinklora.streaming import Interrupt
 from sinklora.tokenizer import byte_tokenizer
 
@@ -70,7 +76,7 @@ def test_template_tokens(folder: Path) -> None:
         b" yo\n<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert not second.rewritten
-    dialogue.messages[1]["content"] = "something else"
+    dialogue.rendered = "something else"
     assert form.prompt(dialogue, "and?").rewritten
 
 
@@ -146,19 +152,13 @@ def test_a_template_that_rewrites_history_starts_the_cache_anew(folder: Path) ->
 
 def test_seeded_chats_repeat(folder: Path) -> None:
     def contents(seed: int) -> list[str]:
-        chat = session(folder, sampling=sinklora_sampling(seed))
+        chat = session(folder, sampling=Sampling(max_new_tokens=12, seed=seed))
         for message in TURNS:
             chat.answer(message)
         return [each["content"] for each in chat.dialogue.messages]
 
     assert contents(1) == contents(1)
     assert contents(1) != contents(2)
-
-
-def sinklora_sampling(seed: int) -> Any:
-    from sinklora.generate import Sampling
-
-    return Sampling(max_new_tokens=12, seed=seed)
 
 
 # ---- what goes wrong on the way ----
@@ -451,3 +451,72 @@ def test_a_history_that_cannot_be_kept_is_a_note(
     with chat._typed_history(True):
         pass
     assert "input history: " in capsys.readouterr().err
+
+
+class Terminal:
+    """`sinklora chat` on a terminal of its own."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        package = str(Path(sinklora.__file__).parent.parent)
+        # The first terminal that a session's leader opens is the one whose Ctrl-C is its signal.
+        code = (
+            "import os; os.close(os.open(os.ttyname(0), os.O_RDWR)); "
+            "from sinklora.__main__ import main; main()"
+        )
+        self.side, child = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "chat", "--no-input-history", *arguments],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": package, "TERM": "dumb"},
+            start_new_session=True,
+        )
+        os.close(child)
+        self.shown = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.side, keys.encode())
+
+    def wait_for(self, words: str, seconds: float = 60) -> None:
+        """Until words are shown after what was waited for before."""
+        end = time.monotonic() + seconds
+        while words not in self.shown:
+            assert time.monotonic() < end, f"waited for {words!r}, saw {self.shown!r}"
+            if select.select([self.side], [], [], 0.1)[0]:
+                self.shown += os.read(self.side, 4096).decode(errors="replace")
+        self.shown = self.shown.partition(words)[2]
+
+    def close(self) -> int:
+        status = self.process.wait(timeout=60)
+        os.close(self.side)
+        return status
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal(folder: Path, tmp_path: Path) -> None:
+    terminal = Terminal(
+        "--model", str(folder), "--max-new-tokens", "100000", "--temperature", "0", cwd=tmp_path
+    )
+    try:
+        terminal.wait_for("> ")
+        terminal.type("Hello\n")
+        terminal.wait_for("Hello\r\n")
+        time.sleep(1)
+        terminal.type("\x03")
+        terminal.wait_for("stopped")
+        terminal.wait_for("> ")
+        terminal.type("/stats\n")
+        terminal.wait_for("1 turn,")
+        terminal.wait_for("> ")
+        terminal.type("/nonsense\n")
+        terminal.wait_for("error: /nonsense")
+        terminal.wait_for("> ")
+        terminal.type("\x03")
+        terminal.wait_for("Ctrl-C again")
+        terminal.wait_for("> ")
+        terminal.type("\x03")
+        assert terminal.close() == 0
+    finally:
+        terminal.process.kill()

@@ -101,8 +101,10 @@ def converse(session: ChatSession, commands: ChatCommands, interactive: bool) ->
         except (EOFError, LeaveChat):
             break
         except KeyboardInterrupt:
-            if not interactive or leaving:
+            if not interactive:
                 raise
+            if leaving:
+                break
             leaving = True
             shared.note("\nCtrl-C again, Ctrl-D or /exit leaves")
         except BrokenPipeError:
