@@ -495,10 +495,15 @@ class Terminal:
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_a_terminal(folder: Path, tmp_path: Path) -> None:
-    terminal = Terminal(
-        "--model", str(folder), "--max-new-tokens", "100000", "--temperature", "0", cwd=tmp_path
-    )
+def test_ctrl_c_on_a_terminal(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    tokenizer = byte_tokenizer(CONTEXT)
+    tokenizer.eos_token = None  # so that no answer ends by itself
+    tokenizer.save_pretrained(model)
+    changed = json.loads((model / "config.json").read_text()) | {"eos_token_id": None}
+    (model / "config.json").write_text(json.dumps(changed))
+    (model / "generation_config.json").unlink()
+    terminal = Terminal("--model", str(model), "--style", "plain", "--max-new-tokens", "9999", cwd=tmp_path)
     try:
         terminal.wait_for("> ")
         terminal.type("Hello\n")
@@ -513,9 +518,11 @@ def test_ctrl_c_on_a_terminal(folder: Path, tmp_path: Path) -> None:
         terminal.type("/nonsense\n")
         terminal.wait_for("error: /nonsense")
         terminal.wait_for("> ")
+        time.sleep(0.5)  # readline shows its prompt a moment before it waits for signals
         terminal.type("\x03")
         terminal.wait_for("Ctrl-C again")
         terminal.wait_for("> ")
+        time.sleep(0.5)
         terminal.type("\x03")
         assert terminal.close() == 0
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from chat_support import CONTEXT, EVERYTHING, FULL, greedy, opened, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import sinklora
 from sinklora import cli
+from sinklora.commands import shared
 from sinklora.generate import (
     CacheSettings,
     Sampling,
@@ -348,9 +351,50 @@ def test_command_options_act(run: Any) -> None:
     assert f"context of {CONTEXT}" in run("y" * (CONTEXT - 4), *GREEDY)[2]
 
 
-def test_command_interrupted(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sinklora.commands import shared
+def test_control_characters_do_not_reach_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "a\tb\n\x1b]0;title\x07\x9b1m\r\x7fé"
+    shared.write(text)
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    shared.write(text)
+    assert capsys.readouterr().out == "a\tb\n\ufffd]0;title\ufffd\ufffd1m\ufffd\ufffdé"
 
+
+def test_progress_is_shown_on_a_terminal_and_taken_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reading = shared.ReadingLine()
+    reading(1024, 4096)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    reading(10, 100)
+    assert capsys.readouterr().err == ""
+    reading(1024, 4096)
+    assert capsys.readouterr().err == "\rreading 1,024 of 4,096 tokens"
+    reading(4096, 4096)
+    reading.clear()
+    assert capsys.readouterr().err == "\r\x1b[K"
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "sinklora", "generate", "x", "--model", str(folder)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(sinklora.__file__).parent.parent)},
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (shared.BROKEN_PIPE_STATUS, "")
+
+
+def test_command_interrupted(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write, written = shared.write, []
 
     def press(text: str) -> None:

@@ -37,6 +37,7 @@ _OPTIONS = {
 BROKEN_PIPE_STATUS = 141
 # Shorter prompts are read at once.
 MIN_SHOWN_TOKENS = 512
+_SHOWN_CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def _amount(text: str) -> int | float:
@@ -166,8 +167,9 @@ def prepare_libraries() -> None:
 
 
 def write(text: str) -> None:
-    """Text of the model, at once."""
-    sys.stdout.write(text)
+    """Text of the model, at once. A terminal gets no control characters but tab and newline: what a model
+    writes must not move the cursor or retitle the window."""
+    sys.stdout.write(text.translate(_SHOWN_CONTROLS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
