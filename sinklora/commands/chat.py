@@ -77,7 +77,8 @@ def chat(
     interactive = sys.stdin.isatty()
     if interactive:
         shared.note(f"{opened.name}; {settings.describe()}; /help lists commands, Ctrl-D leaves")
-    with shared.text_to_stdout(), _typed_history(interactive and input_history):
+    typed = _typed_history(interactive and input_history)
+    with shared.text_to_stdout(), shared.own_warnings_only(), typed:
         converse(session, ChatCommands(session), interactive)
 
 

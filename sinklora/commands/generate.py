@@ -57,7 +57,7 @@ def generate(
     )
     text = read_prompt(prompt, file)
     opened = shared.open_for_generation(model, dtype)
-    with shared.option_errors(), shared.text_to_stdout():
+    with shared.option_errors(), shared.text_to_stdout(), shared.own_warnings_only():
         interrupted = _continue(opened, text, settings, sampling)
     if interrupted:
         raise typer.Exit(INTERRUPTED_STATUS)

@@ -192,6 +192,21 @@ def text_to_stdout() -> Iterator[None]:
         raise typer.Exit(BROKEN_PIPE_STATUS) from None
 
 
+@contextlib.contextmanager
+def own_warnings_only() -> Iterator[None]:
+    """Keeps transformers from its reminders that a text is long; these commands say so once, with the way
+    out."""
+    import transformers
+
+    logs = transformers.utils.logging
+    before = logs.get_verbosity()
+    logs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(before)
+
+
 class ReadingLine:
     """Shows on a terminal how much of a long prompt has been read, and takes that away again."""
 
