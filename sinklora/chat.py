@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .chat_formats import Dialogue, choose_format
-from .generate import CacheSettings, Continuation, Sampling, cache_facts, continue_tokens
+from .generate import Continuation, cache_facts, continue_tokens
+from .generate_settings import CacheSettings, Sampling
 from .loading import OpenedModel
 from .streaming import Interrupt
 

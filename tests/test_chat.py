@@ -22,7 +22,8 @@ from sinklora import cli
 from sinklora.chat import ChatSession
 from sinklora.chat_commands import ChatCommands, LeaveChat
 from sinklora.chat_formats import Dialogue, Llama2Format, PlainFormat, choose_format
-from sinklora.generate import CacheSettings, Sampling, cache_facts, continue_tokens
+from sinklora.generate import cache_facts, continue_tokens
+from sinklora.generate_settings import CacheSettings, Sampling
 from sinklora.streaming import Interrupt
 from sinklora.tokenizer import byte_tokenizer
 

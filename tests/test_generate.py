@@ -19,14 +19,8 @@ from transformers import PreTrainedTokenizerFast
 import sinklora
 from sinklora import cli
 from sinklora.commands import shared
-from sinklora.generate import (
-    CacheSettings,
-    Sampling,
-    cache_facts,
-    continue_tokens,
-    end_tokens,
-    parse_amount,
-)
+from sinklora.generate import cache_facts, continue_tokens, end_tokens
+from sinklora.generate_settings import CacheSettings, Sampling, parse_amount
 from sinklora.loading import OpenedModel
 from sinklora.streaming import Interrupt, TokenText
 from sinklora.tokenizer import byte_tokenizer

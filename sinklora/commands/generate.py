@@ -12,7 +12,7 @@ from sinklora.cli import INTERRUPTED_STATUS
 from sinklora.commands import shared
 
 if TYPE_CHECKING:
-    from sinklora.generate import CacheSettings, Sampling
+    from sinklora.generate_settings import CacheSettings, Sampling
     from sinklora.loading import OpenedModel
 
 
