@@ -44,3 +44,10 @@ def opened(folder: Path, chat_template: str | None = None) -> OpenedModel:
 
 def greedy(count: int, **changes: Any) -> Sampling:
     return Sampling(max_new_tokens=count, temperature=0.0, **changes)
+
+
+# White space around the answers, as LLaMA-2's own template has it.
+SPACED = (
+    "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content | trim }} </s>{% endif %}{% endfor %}"
+)

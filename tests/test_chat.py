@@ -81,6 +81,15 @@ def test_template_tokens(folder: Path) -> None:
     assert form.prompt(dialogue, "and?").rewritten
 
 
+def test_white_space_that_a_template_adds_is_no_rewriting(folder: Path) -> None:
+    chat = session(folder, template=SPACED)
+    chat.answer("one")
+    before = chat.dialogue.tokens
+    prompt = chat.format.prompt(chat.dialogue, "two")
+    assert not prompt.rewritten
+    assert bytes(prompt.tokens[len(before) :]) == b" </s>[INST] two [/INST]"
+
+
 def test_which_format(folder: Path) -> None:
     tokenizer = byte_tokenizer(8)
     assert choose_format(tokenizer).name == "plain"
