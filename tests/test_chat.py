@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_support import CHATML, CONTEXT, EVERYTHING, FULL, NO_SYSTEM, REWRITING, greedy, opened, save_model
+from chat_support import (
+    CHATML,
+    CONTEXT,
+    EVERYTHING,
+    FULL,
+    NO_SYSTEM,
+    REWRITING,
+    SPACED,
+    greedy,
+    opened,
+    save_model,
+)
 
 import sinklora
 from sinklora import cli
