@@ -22,6 +22,8 @@ from . import __version__
 # name on the command line -> (module in sinklora.commands, function)
 COMMANDS = {
     "demo": ("demo", "demo"),
+    "generate": ("generate", "generate"),
+    "chat": ("chat", "chat"),
     "visualize": ("visualize", "visualize"),
     "benchmark": ("benchmark", "benchmark"),
     "info": ("info", "info"),
@@ -65,7 +67,7 @@ def build_app() -> typer.Typer:
     """The typer application with every command."""
     app = typer.Typer(
         name="sinklora",
-        help="Longer context for language models: SF-Attn training.",
+        help="Longer context for language models: SF-Attn training, and generation with an H2O cache.",
         add_completion=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
