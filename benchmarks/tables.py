@@ -14,6 +14,7 @@ import csv
 import sys
 from pathlib import Path
 
+import tables_h2o
 import timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +157,8 @@ def figures(results: Path = RESULTS) -> str:
     blocks += tiny_line(attention)
     if steps:
         blocks += [f"{measured_on(steps)}:", "\n".join(step_table(steps))]
+    if h2o := newest(results, "way"):
+        blocks += [f"{measured_on(h2o)}, H=8/2, D=128:", *tables_h2o.tables(h2o)]
     return "\n\n".join(blocks) + "\n"
 
 

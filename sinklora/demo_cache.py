@@ -1,0 +1,129 @@
+"""The demo's section on caches: what a smaller cache costs, and a text far longer than the trained length.
+
+Everything here is what a user of `model.generate` would write, with the text given instead of sampled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from .cache import H2OCache
+from .demo_cache_report import METHODS, CacheResults, CacheRow
+from .demo_settings import DemoSettings
+from .evaluate_cache import continuation_losses
+
+BUDGETS = (1.0, 0.5, 0.2, 0.1, 0.05)
+SINKS = 4
+# Of the long texts so many tokens are read in each forward.
+CHUNK = 64
+TIMELINE_BUDGET = 0.2
+# Between two moments of the timeline.
+TIMELINE_STEP = 4
+
+Advance = Callable[[int], None]
+
+
+def make_cache(method: str, config: Any, entries: int) -> H2OCache:
+    """An empty cache that keeps `entries` tokens, at least SINKS + 2, by one of METHODS."""
+    if method == "H2O":
+        return H2OCache(config, heavy=entries // 2, recent=entries - entries // 2)
+    if method == "recent only":
+        return H2OCache(config, heavy=0, recent=entries)
+    streaming: H2OCache = H2OCache.streaming(config, sinks=SINKS, recent=entries - SINKS)
+    return streaming
+
+
+def compare_caches(
+    model: Any, texts: torch.Tensor, streams: torch.Tensor, settings: DemoSettings, advance: Advance
+) -> CacheResults:
+    """Perplexity and speed at each budget, perplexity over long texts, and a timeline of kept positions.
+
+    Args:
+        model: patched by sinklora.
+        texts: int64 (F, context), continued together.
+        streams: int64 (S, T), far longer than the context, read together.
+        advance: called with the tokens computed; forward_tokens() of them in all.
+    """
+    length = texts.shape[1]
+    prompt = length - settings.continuation_tokens
+    results = CacheResults(prompt, settings.continuation_tokens, len(texts))
+    for budget in BUDGETS:
+        entries = max(SINKS + 2, int(budget * length))
+        for method in METHODS:
+            cache = make_cache(method, model.config, entries)
+            losses, seconds = continuation_losses(model, texts, prompt, cache, on_tokens=advance)
+            speed = losses[:, 1:].numel() / seconds
+            perplexity = math.exp(losses.double().mean())
+            results.rows.append(CacheRow(method, budget, entries, perplexity, speed, cache.memory_bytes()))
+    chunk = min(CHUNK, settings.context // 2)
+    for name, make in STREAMS.items():
+        cache = make(model.config, settings.context)
+        losses, _ = continuation_losses(model, streams, chunk, cache, chunk=chunk, on_tokens=advance)
+        results.streams[name] = stretches(losses, chunk, settings.context)
+    entries = max(SINKS + 2, int(TIMELINE_BUDGET * length))
+    results.seen, results.kept = timeline(model, texts[:1], make_cache("H2O", model.config, entries), advance)
+    return results
+
+
+def forward_tokens(texts: torch.Tensor, streams: torch.Tensor) -> int:
+    """All tokens that compare_caches computes."""
+    by_budget = len(BUDGETS) * len(METHODS) * (texts.numel() - len(texts))
+    by_stream = len(STREAMS) * (streams.numel() - len(streams))
+    return by_budget + by_stream + texts.shape[1]
+
+
+# Name in the results -> a cache for a model that was trained at `context` tokens. Those that evict leave room
+# for a chunk: ranks then stay below the trained length.
+STREAMS: dict[str, Callable[[Any, int], Any]] = {
+    "plain cache": lambda config, context: DynamicCache(config=config),
+    "StreamingLLM": lambda config, context: H2OCache.streaming(
+        config, sinks=SINKS, recent=max(1, context // 2 - SINKS)
+    ),
+    "H2O, positions by rank": lambda config, context: H2OCache(
+        config,
+        heavy=max(0, context // 4 - SINKS),
+        recent=max(1, context // 4),
+        num_sink_tokens=SINKS,
+        positions="cache",
+    ),
+}
+
+
+def stretches(losses: torch.Tensor, prompt: int, length: int) -> dict[int, float]:
+    """Perplexity of each whole stretch of `length` tokens, by the tokens read at its end.
+
+    Where no stretch is whole, of what there is.
+
+    Args:
+        losses: float32 (S, T), of the tokens behind a prompt.
+    """
+    length = min(length, losses.shape[1])
+    return {
+        prompt + begin + length: math.exp(losses[:, begin : begin + length].double().mean())
+        for begin in range(0, losses.shape[1] - length + 1, length)
+    }
+
+
+@torch.no_grad()
+def timeline(
+    model: Any, text: torch.Tensor, cache: H2OCache, advance: Advance
+) -> tuple[list[int], list[list[list[int]]]]:
+    """Reads half of a text at once and the rest token by token; (tokens read, positions that the first
+    layer's heads kept) after the prompt and at every TIMELINE_STEP tokens."""
+    prompt = text.shape[1] // 2
+    seen: list[int] = []
+    kept: list[list[list[int]]] = []
+    begins = [0, *range(prompt, text.shape[1])]
+    for begin, end in itertools.pairwise([*begins, text.shape[1]]):
+        model(input_ids=text[:, begin:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        advance(end - begin)
+        if (end - prompt) % TIMELINE_STEP == 0:
+            seen.append(end)
+            kept.append(cache.kept_positions(0)[0].tolist())
+    return seen, kept
