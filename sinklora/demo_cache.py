@@ -51,8 +51,9 @@ def compare_caches(
         advance: called with the tokens computed; forward_tokens() of them in all.
     """
     length = texts.shape[1]
-    prompt = length - settings.continuation_tokens
-    results = CacheResults(prompt, settings.continuation_tokens, len(texts))
+    continuation = min(settings.continuation_tokens, length // 2)
+    prompt = length - continuation
+    results = CacheResults(prompt, continuation, len(texts))
     for budget in BUDGETS:
         entries = max(SINKS + 2, int(budget * length))
         for method in METHODS:

@@ -134,7 +134,7 @@ def test_table_says_none_where_full_does_not_improve() -> None:
         ({"group_size": 0}, "group_size"),
         ({"shifted_fraction": 2.0}, "shifted_fraction"),
         ({"seed": -1}, "seed"),
-        ({"continuation_tokens": 1024}, "continuation_tokens"),
+        ({"continuation_tokens": 0}, "continuation_tokens"),
         ({"num_streams": 0}, "num_streams"),
     ],
 )
