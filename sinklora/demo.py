@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from . import finetune
-from .demo_cache import compare_caches, forward_tokens
+from .demo_cache import compare_caches, draw_kept, forward_tokens
 from .demo_cache_report import CacheResults
 from .demo_data import Blocks, encode, library_files, read_texts, split_by_file
 from .demo_report import MARKER, Results, write_results
@@ -246,13 +246,15 @@ class Demo:
         return tokenizer.decode(prompt[0, -200:]), tokenizer.decode(new, skip_special_tokens=True)
 
     def compare_caches(self) -> CacheResults:
-        """The saved model on held-out text through caches of different sizes."""
+        """The saved model on held-out text through caches of different sizes; what one kept is drawn."""
         settings = self.settings
         model = patch(AutoModelForCausalLM.from_pretrained(self.folder))
         texts = torch.stack([tokens[: settings.context] for tokens in self.validation])
         streams = self.streams()
         advance = self.begin("score  caches", forward_tokens(texts, streams))
-        return compare_caches(model, texts, streams, settings, advance)
+        results = compare_caches(model, texts, streams, settings, advance)
+        draw_kept(model, texts[:1]).savefig(self.folder / "kept.png", dpi=120)
+        return results
 
     def streams(self) -> torch.Tensor:
         """Held-out files one after the other, int64 (num_streams, stream_contexts * context); shorter where

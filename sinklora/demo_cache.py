@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -18,13 +18,14 @@ from .demo_cache_report import METHODS, CacheResults, CacheRow
 from .demo_settings import DemoSettings
 from .evaluate_cache import continuation_losses
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BUDGETS = (1.0, 0.5, 0.2, 0.1, 0.05)
 SINKS = 4
 # Of the long texts so many tokens are read in each forward.
 CHUNK = 64
 TIMELINE_BUDGET = 0.2
-# Between two moments of the timeline.
-TIMELINE_STEP = 4
 
 Advance = Callable[[int], None]
 
@@ -42,7 +43,7 @@ def make_cache(method: str, config: Any, entries: int) -> H2OCache:
 def compare_caches(
     model: Any, texts: torch.Tensor, streams: torch.Tensor, settings: DemoSettings, advance: Advance
 ) -> CacheResults:
-    """Perplexity and speed at each budget, perplexity over long texts, and a timeline of kept positions.
+    """Perplexity and speed at each budget, and perplexity over long texts.
 
     Args:
         model: patched by sinklora.
@@ -67,8 +68,6 @@ def compare_caches(
         cache = make(model.config, settings.context)
         losses, _ = continuation_losses(model, streams, chunk, cache, chunk=chunk, on_tokens=advance)
         results.streams[name] = stretches(losses, chunk, settings.context)
-    entries = max(SINKS + 2, int(TIMELINE_BUDGET * length))
-    results.seen, results.kept = timeline(model, texts[:1], make_cache("H2O", model.config, entries), advance)
     return results
 
 
@@ -76,7 +75,7 @@ def forward_tokens(texts: torch.Tensor, streams: torch.Tensor) -> int:
     """All tokens that compare_caches computes."""
     by_budget = len(BUDGETS) * len(METHODS) * (texts.numel() - len(texts))
     by_stream = len(STREAMS) * (streams.numel() - len(streams))
-    return by_budget + by_stream + texts.shape[1]
+    return by_budget + by_stream
 
 
 # Name in the results -> a cache for a model that was trained at `context` tokens. Those that evict leave room
@@ -112,19 +111,16 @@ def stretches(losses: torch.Tensor, prompt: int, length: int) -> dict[int, float
 
 
 @torch.no_grad()
-def timeline(
-    model: Any, text: torch.Tensor, cache: H2OCache, advance: Advance
-) -> tuple[list[int], list[list[list[int]]]]:
-    """Reads half of a text at once and the rest token by token; (tokens read, positions that the first
-    layer's heads kept) after the prompt and at every TIMELINE_STEP tokens."""
-    prompt = text.shape[1] // 2
-    seen: list[int] = []
-    kept: list[list[list[int]]] = []
-    begins = [0, *range(prompt, text.shape[1])]
-    for begin, end in itertools.pairwise([*begins, text.shape[1]]):
+def draw_kept(model: Any, text: torch.Tensor) -> Figure:
+    """What the first layer's cache kept of a text and when: half of it read at once, the rest token by token.
+
+    Args:
+        text: int64 (1, T).
+    """
+    length = text.shape[1]
+    entries = max(SINKS + 2, int(TIMELINE_BUDGET * length))
+    cache = H2OCache(model.config, heavy=entries // 2, recent=entries - entries // 2, record=True)
+    begins = [0, *range(length // 2, length)]
+    for begin, end in itertools.pairwise([*begins, length]):
         model(input_ids=text[:, begin:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        advance(end - begin)
-        if (end - prompt) % TIMELINE_STEP == 0:
-            seen.append(end)
-            kept.append(cache.kept_positions(0)[0].tolist())
-    return seen, kept
+    return cache.plot(0)

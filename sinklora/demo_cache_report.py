@@ -6,9 +6,6 @@ import csv
 import dataclasses
 from pathlib import Path
 
-import numpy as np
-
-from .plots import plot_kept
 from .plots_curves import plot_lines
 
 # Cache policies by their names in the table and the pictures.
@@ -37,7 +34,6 @@ class CacheResults:
 
     prompt, continuation: tokens of each text that are read at once, and that are decoded behind them. texts:
     how many. rows: by method and budget. streams: by method, tokens read -> perplexity of the last stretch.
-    seen, kept: the moments of the timeline and the positions that one layer's heads kept.
     """
 
     prompt: int
@@ -45,8 +41,6 @@ class CacheResults:
     texts: int
     rows: list[CacheRow] = dataclasses.field(default_factory=list)
     streams: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
-    seen: list[int] = dataclasses.field(default_factory=list)
-    kept: list[list[list[int]]] = dataclasses.field(default_factory=list)
 
     def headers(self) -> list[str]:
         perplexities = (f"ppl {method}" for method in METHODS)
@@ -80,7 +74,7 @@ class CacheResults:
 
 
 def write_cache_results(results: CacheResults, folder: Path) -> None:
-    """caches.csv, caches.png, stream.png and kept.png in folder."""
+    """caches.csv, caches.png and stream.png in folder."""
     names = [field.name for field in dataclasses.fields(CacheRow)]
     with (folder / "caches.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -108,6 +102,3 @@ def write_cache_results(results: CacheResults, folder: Path) -> None:
         title="Far beyond the trained length",
         log_y=True,
     ).savefig(folder / "stream.png", dpi=120)
-    kept = [np.array(heads) for heads in results.kept]
-    title = "What the first layer's cache kept at a budget of 20 %"
-    plot_kept(results.seen, kept, title=title).savefig(folder / "kept.png", dpi=120)

@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,18 +94,19 @@ def test_stretches_are_whole() -> None:
     assert list(demo_cache.stretches(losses, 10, 50)) == [15]
 
 
-def test_timeline_starts_with_the_prompt(results: CacheResults) -> None:
-    assert results.seen == list(range(32, 65, 4))
-    assert all(len(head) == 12 for heads in results.kept for head in heads)
-    assert all(
-        heads[0][-6:] == list(range(t - 6, t)) for t, heads in zip(results.seen, results.kept, strict=True)
-    )
-    assert results.kept[0] != results.kept[-1]
+def test_the_picture_shows_recent_and_heavy(model: LlamaForCausalLM) -> None:
+    figure = demo_cache.draw_kept(model, torch.arange(64)[None] % 32)
+    axes = figure.axes[0]
+    assert axes.get_xlim() == (0, 64) and axes.get_ylim() == (64, 32)
+    (mesh,) = axes.collections
+    last = np.asarray(mesh.get_array())[-1]
+    # 12 entries of each head, the newest 6 of all heads.
+    assert (last[-6:] == 1).all() and last.sum() == pytest.approx(12)
 
 
 def test_files(results: CacheResults, tmp_path: Path) -> None:
     write_cache_results(results, tmp_path)
-    for name in ("caches.png", "stream.png", "kept.png"):
+    for name in ("caches.png", "stream.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "caches.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
