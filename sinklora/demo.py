@@ -257,13 +257,16 @@ class Demo:
         return results
 
     def streams(self) -> torch.Tensor:
-        """Held-out files one after the other, int64 (num_streams, stream_contexts * context); shorter where
-        there is not so much text."""
+        """Held-out files one after the other, int64 (num_streams, stream_contexts * context).
+
+        Where there is not so much text there are fewer streams, and one of less text only at last.
+        """
         settings = self.settings
-        most = settings.num_streams * settings.stream_contexts * settings.context
-        tokens = encode("".join(self.held_out), self.tokenizer, most)
-        length = len(tokens) // settings.num_streams
-        return tokens[: length * settings.num_streams].view(settings.num_streams, length)
+        length = settings.stream_contexts * settings.context
+        tokens = encode("".join(self.held_out), self.tokenizer, settings.num_streams * length)
+        rows = max(1, len(tokens) // length)
+        length = min(length, len(tokens))
+        return tokens[: rows * length].view(rows, length)
 
 
 @torch.no_grad()

@@ -96,17 +96,18 @@ STREAMS: dict[str, Callable[[Any, int], Any]] = {
 
 
 def stretches(losses: torch.Tensor, prompt: int, length: int) -> dict[int, float]:
-    """Perplexity of each whole stretch of `length` tokens, by the tokens read at its end.
+    """Perplexity of each stretch of `length` tokens, by the tokens read at its end.
 
-    Where no stretch is whole, of what there is.
+    The prompt is missing from the first one; of what is left at the end there is none.
 
     Args:
-        losses: float32 (S, T), of the tokens behind a prompt.
+        losses: float32 (S, T), of the tokens behind a prompt of less than `length`.
     """
-    length = min(length, losses.shape[1])
+    ends = range(length, prompt + losses.shape[1] + 1, length)
+    begins = [0, *(end - prompt for end in ends)]
     return {
-        prompt + begin + length: math.exp(losses[:, begin : begin + length].double().mean())
-        for begin in range(0, losses.shape[1] - length + 1, length)
+        prompt + end: math.exp(losses[:, begin:end].double().mean())
+        for begin, end in itertools.pairwise(begins)
     }
 
 

@@ -83,15 +83,14 @@ def test_budgets_are_what_the_caches_hold(model: LlamaForCausalLM, results: Cach
 
 def test_streams_go_far_beyond_the_context(results: CacheResults) -> None:
     assert list(results.streams) == list(demo_cache.STREAMS)
-    # The first chunk of 32 is a prompt and is not scored.
-    assert all(list(points) == [96, 160] for points in results.streams.values())
+    assert all(list(points) == [64, 128, 192] for points in results.streams.values())
 
 
-def test_stretches_are_whole() -> None:
+def test_stretches_end_at_multiples() -> None:
     losses = torch.tensor([[1.0, 2.0, 3.0, 5.0, 9.0]])
-    found = demo_cache.stretches(losses, 10, 2)
-    assert found == {12: pytest.approx(math.exp(1.5)), 14: pytest.approx(math.exp(4.0))}
-    assert list(demo_cache.stretches(losses, 10, 50)) == [15]
+    found = demo_cache.stretches(losses, 1, 3)
+    assert found == {3: pytest.approx(math.exp(1.5)), 6: pytest.approx(math.exp(17 / 3))}
+    assert list(demo_cache.stretches(losses, 2, 3)) == [3, 6]
 
 
 def test_the_picture_shows_recent_and_heavy(model: LlamaForCausalLM) -> None:
