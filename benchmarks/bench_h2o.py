@@ -160,7 +160,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         options.tokens, options.slots, options.rounds = [256], [128], 2
         options.model = QUICK_MODEL
     if options.bars:
-        options.caches = [h2o_rows.DYNAMIC, "H2O 20 %"]
+        options.caches = [way for way in options.caches if way in (h2o_rows.DYNAMIC, h2o_rows.FIFTH)]
     return options
 
 

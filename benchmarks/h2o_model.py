@@ -14,7 +14,7 @@ from typing import Any
 import memory
 import timing
 import torch
-from h2o_rows import DYNAMIC, GENERATE, PREFILL, Row, add_ratios
+from h2o_rows import DYNAMIC, FIFTH, GENERATE, PREFILL, Row, add_ratios
 from h2o_ways import Case
 
 DYNAMIC_OURS = "DynamicCache, sinklora"
@@ -152,7 +152,7 @@ def measure(shape: Shape, options: Any) -> list[Row]:
             if section == GENERATE:
                 row.cache_bytes = cached[way]
             here.append(row)
-        add_ratios(here, "H2O 20 %")
+        add_ratios(here, FIFTH)
         rows += here
     if not options.no_memory:
         for row in rows:

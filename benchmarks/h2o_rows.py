@@ -10,7 +10,7 @@ import report
 from h2o_ways import EAGER, FORWARD, OURS, READS, SCORES, SDPA, STEP_RIVALS, Case
 
 PROMPT, STEP, PREFILL, GENERATE = "prompt", "step", "model's prompt", "model's step"
-DYNAMIC = "DynamicCache, sdpa"
+DYNAMIC, FIFTH = "DynamicCache, sdpa", "H2O 20 %"
 BAR_SHAPE = (8, 2, 4096, 128)
 SCORED_STEPS = tuple(name for name in STEP_RIVALS if "alone" not in name and name != "published")
 BARE_STEPS = tuple(name for name in STEP_RIVALS if "alone" in name)
@@ -155,7 +155,7 @@ def _ours(rows: Sequence[Row], section: str, dtype: str) -> Row | None:
 
 def cache_share(rows: Sequence[Row]) -> float | None:
     found = {row.way: row.cache_bytes for row in rows if row.section == GENERATE and row.cache_bytes != ""}
-    whole, fifth = found.get(DYNAMIC), found.get("H2O 20 %")
+    whole, fifth = found.get(DYNAMIC), found.get(FIFTH)
     if whole is None or fifth is None:
         return None
     return int(fifth) / int(whole)

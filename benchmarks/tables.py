@@ -14,6 +14,7 @@ import csv
 import sys
 from pathlib import Path
 
+import tables_h2o
 import timing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,8 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 OURS = "sinklora"
 DTYPES = ("float32", "bfloat16", "float16")
-# A README has room for the cases that have bars; the CSV has the others.
-SHOWN_DTYPES, SHOWN_HEAD_DIM = ("float32", "bfloat16"), "128"
+# A README has room for some of the cases; the CSV has the others.
+SHOWN_DTYPES, SHOWN_HEAD_DIM, SHOWN_KV_HEADS = ("float32", "bfloat16"), "128", "2"
 # The columns that make two rows the same case.
 CASE = (
     "section",
@@ -89,7 +90,11 @@ def attention_table(rows: Rows) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        shown = row["dtype"] in SHOWN_DTYPES and row["head_dim"] == SHOWN_HEAD_DIM
+        shown = (
+            row["dtype"] in SHOWN_DTYPES
+            and row["head_dim"] == SHOWN_HEAD_DIM
+            and row["num_kv_heads"] == SHOWN_KV_HEADS
+        )
         if row["candidate"] != OURS or row["section"] == "tiny" or not row["seconds"] or not shown:
             continue
         share = f"{float(row['gflops']) / float(row['gemm_gflops']):.0%}"
@@ -156,6 +161,8 @@ def figures(results: Path = RESULTS) -> str:
     blocks += tiny_line(attention)
     if steps:
         blocks += [f"{measured_on(steps)}:", "\n".join(step_table(steps))]
+    if h2o := newest(results, "way"):
+        blocks += [f"{measured_on(h2o)}, H=8/2, D=128:", *tables_h2o.tables(h2o)]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from . import finetune
+from .demo_cache import compare_caches, draw_kept, forward_tokens
+from .demo_cache_report import CacheResults
 from .demo_data import Blocks, encode, library_files, read_texts, split_by_file
 from .demo_report import MARKER, Results, write_results
 from .demo_settings import DemoSettings
@@ -68,6 +70,7 @@ class Demo:
         self.tokenizer: PreTrainedTokenizerFast = byte_tokenizer(settings.start_context)
         texts = read_texts(library_files(), min_bytes=settings.validation_tokens)
         self.texts, held_out = split_by_file(texts, settings.validation_files, settings.seed)
+        self.held_out = held_out
         self.validation = [encode(text, self.tokenizer, settings.validation_tokens) for text in held_out]
 
     def run(self) -> Results:
@@ -82,6 +85,7 @@ class Demo:
                 results.scores[name, length] = self.evaluate(name, model, length)
         self.save(model)
         results.sample = self.sample()
+        results.caches = self.compare_caches()
         return results
 
     def train_start_model(self) -> TrainingLog:
@@ -240,6 +244,29 @@ class Demo:
         advance(1)
         new = tokens[0, prompt.shape[1] :]
         return tokenizer.decode(prompt[0, -200:]), tokenizer.decode(new, skip_special_tokens=True)
+
+    def compare_caches(self) -> CacheResults:
+        """The saved model on held-out text through caches of different sizes; what one kept is drawn."""
+        settings = self.settings
+        model = patch(AutoModelForCausalLM.from_pretrained(self.folder))
+        texts = torch.stack([tokens[: settings.context] for tokens in self.validation])
+        streams = self.streams()
+        advance = self.begin("score  caches", forward_tokens(texts, streams))
+        results = compare_caches(model, texts, streams, settings, advance)
+        draw_kept(model, texts[:1]).savefig(self.folder / "kept.png", dpi=120)
+        return results
+
+    def streams(self) -> torch.Tensor:
+        """Held-out files one after the other, int64 (num_streams, stream_contexts * context).
+
+        Where there is not so much text there are fewer streams, and one of less text only at last.
+        """
+        settings = self.settings
+        length = settings.stream_contexts * settings.context
+        tokens = encode("".join(self.held_out), self.tokenizer, settings.num_streams * length)
+        rows = max(1, len(tokens) // length)
+        length = min(length, len(tokens))
+        return tokens[: rows * length].view(rows, length)
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ import torch
 
 from . import __version__
 from .about import info
+from .demo_cache_report import CacheResults, write_cache_results
 from .demo_settings import DemoSettings
 from .evaluate import bootstrap_interval, improvement_share, mean_loss, perplexity
-from .plots import plot_curves, plot_pattern
+from .plots import plot_pattern
+from .plots_curves import plot_curves
 
 MARKER = "results.json"
 Losses = list[torch.Tensor]
@@ -49,6 +51,7 @@ class Results:
         self.losses: dict[str, list[float]] = {}
         self.tokens_per_second: dict[str, float] = {}
         self.sample = ("", "")
+        self.caches: CacheResults | None = None
         self.seconds = 0.0
 
     def rows(self) -> list[Row]:
@@ -108,7 +111,8 @@ def cell_texts(row: Row) -> list[str]:
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """results.json, results.csv, pattern.png, losses.png, start-losses.png and sample.txt in folder."""
+    """results.json, results.csv, pattern.png, losses.png, start-losses.png and sample.txt in folder, and the
+    caches' files."""
     rows = results.rows()
     _write_csv(results, rows, folder / "results.csv")
     settings = results.settings
@@ -126,6 +130,8 @@ def write_results(results: Results, folder: Path) -> None:
     plot_curves({"start": start}, title=title, smooth=smooth, **labels).savefig(
         folder / "start-losses.png", dpi=120
     )
+    if results.caches is not None:
+        write_cache_results(results.caches, folder)
     prompt, continuation = results.sample
     (folder / "sample.txt").write_text(f"{prompt}\n===== continued =====\n{continuation}\n", encoding="utf-8")
     (folder / MARKER).write_text(json.dumps(_as_json(results, rows), indent=2) + "\n", encoding="utf-8")
@@ -154,6 +160,7 @@ def _as_json(results: Results, rows: list[Row]) -> dict[str, Any]:
         "rows": [dataclasses.asdict(row) for row in rows],
         "notes": results.notes(),
         "training_losses": results.losses,
+        "caches": None if results.caches is None else dataclasses.asdict(results.caches),
         "seconds": results.seconds,
         "versions": {
             "sinklora": __version__,

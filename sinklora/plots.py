@@ -1,9 +1,9 @@
-"""Pictures: the attention pattern (matplotlib or block characters) and curves. Extra "plot"."""
+"""Pictures: the attention pattern (matplotlib or block characters), what a cache kept. Extra "plot"."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ MOST_TOKENS = 8192
 
 # Above this several tokens share a pixel.
 MOST_PIXELS = 128
+# The same for the positions that a cache kept, and for the moments.
+MOST_KEPT_PIXELS = 1024
 
 # What a pair is, as cells() counts it: not allowed, allowed by the group, allowed by a sink token alone.
 NOTHING, GROUP, SINK = 0, 1, 2
@@ -127,35 +129,6 @@ def plot_pattern(pattern: SFPattern, num_heads: int, num_tokens: int) -> Figure:
     return figure
 
 
-def plot_curves(
-    curves: Mapping[str, Sequence[float]], *, x_label: str, y_label: str, title: str, smooth: int = 1
-) -> Figure:
-    """One line for each named series over 1, 2, 3, ...; smooth averages over so many neighbours.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed. ValueError: smooth below 1.
-    """
-    require("plot", "matplotlib")
-    from matplotlib.figure import Figure
-
-    if smooth < 1:
-        raise ValueError(f"smooth: expected at least 1, got {smooth}")
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes: Axes = figure.subplots()
-    for name, values in curves.items():
-        width = min(smooth, len(values))
-        if width:
-            means = np.convolve(values, np.full(width, 1 / width), mode="valid")
-            axes.plot(np.arange(len(means)) + (width + 1) / 2, means, label=name)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    if curves:
-        axes.legend()
-    return figure
-
-
 def text_pattern(pattern: SFPattern, num_heads: int, num_tokens: int, *, width: int = 80) -> str:
     """The mask of each kind of head in block characters: full for the own group, shaded for sinks, dots for
     nothing.
@@ -188,3 +161,97 @@ def _shrink(cells: npt.NDArray[np.int8], factor: int) -> npt.NDArray[np.int8]:
     squares = padded.reshape(size, factor, size, factor)
     group, sink = ((squares == kind).any(axis=(1, 3)) for kind in (GROUP, SINK))
     return np.where(group, GROUP, np.where(sink, SINK, NOTHING)).astype(np.int8)
+
+
+def kept_picture(seen: Sequence[int], kept: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.float32]:
+    """float32 (moments, positions): the share of the heads that kept each position at each moment, 0 to 1.
+
+    Args:
+        seen: tokens read at each moment.
+        kept: (num_heads, entries) or (entries,) positions at each; -1 is an unused slot.
+    """
+    picture = np.zeros((len(kept), max(seen, default=0)), dtype=np.float32)
+    for row, positions in zip(picture, kept, strict=True):
+        heads = np.atleast_2d(positions)
+        used = heads[heads >= 0]
+        np.add.at(row, used, np.float32(1 / len(heads)))
+    return picture
+
+
+def plot_kept(
+    seen: Sequence[int],
+    kept: Sequence[npt.NDArray[np.integer]],
+    *,
+    scores: npt.NDArray[np.floating] | None = None,
+    title: str = "kept positions",
+) -> Figure:
+    """When which position of a text was in a cache.
+
+    Over several moments, a picture: positions across, time downwards, dark where all heads kept the position,
+    light where some did. Of one moment, a line for each kept position, as high as its score.
+
+    Args:
+        seen: tokens that were read at each moment, not decreasing.
+        kept: the positions kept at each moment, integers (entries,) of one head or (num_heads, entries) of
+            several; -1 for unused slots.
+        scores: of the last moment, like its positions; only drawn where it is the only one.
+
+    Returns:
+        A matplotlib Figure (`figure.savefig(path)`) that no window shows.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed. ValueError: nothing to draw, or unequal lengths.
+    """
+    require("plot", "matplotlib")
+    from matplotlib.figure import Figure
+
+    if not seen or len(seen) != len(kept):
+        raise ValueError(f"seen, kept: expected as many moments, at least one, got {len(seen)}, {len(kept)}")
+    figure = Figure(figsize=(8.0, 4.6 if len(seen) > 1 else 2.8), layout="constrained")
+    axes: Axes = figure.subplots()
+    if len(seen) > 1:
+        _draw_timeline(axes, seen, kept)
+    else:
+        _draw_moment(axes, kept[0], scores)
+    axes.set_xlim(0, max(seen))
+    axes.set_xlabel("position in the text")
+    axes.set_title(title)
+    return figure
+
+
+def _draw_timeline(axes: Axes, seen: Sequence[int], kept: Sequence[npt.NDArray[np.integer]]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    picture = _largest(kept_picture(seen, kept), MOST_KEPT_PIXELS)
+    # Moments need not be evenly spaced: each row lasts until the next one.
+    edges = np.linspace(0, len(seen) - 1, len(picture) + 1)
+    rows = np.interp(edges, np.arange(len(seen)), np.asarray(seen, dtype=np.float64))
+    columns = np.linspace(0, max(seen), picture.shape[1] + 1)
+    colours = LinearSegmentedColormap.from_list("kept", [COLOURS[NOTHING], COLOURS[GROUP]])
+    axes.pcolormesh(columns, rows, picture, cmap=colours, vmin=0.0, vmax=1.0, rasterized=True)
+    axes.set_ylim(seen[-1], seen[0])
+    axes.set_ylabel("tokens read")
+
+
+def _draw_moment(
+    axes: Axes, positions: npt.NDArray[np.integer], scores: npt.NDArray[np.floating] | None
+) -> None:
+    used = positions >= 0
+    heights = np.ones(positions.shape) if scores is None else scores
+    axes.vlines(positions[used], 0, heights[used], color=COLOURS[GROUP], linewidth=1)
+    axes.set_ylim(bottom=0)
+    if scores is None:
+        axes.set_yticks([])
+    else:
+        axes.set_ylabel("score")
+
+
+def _largest(picture: npt.NDArray[np.float32], most: int) -> npt.NDArray[np.float32]:
+    """At most `most` rows and columns, each pixel the largest of those that share it: single kept positions
+    stay visible."""
+    for axis in (0, 1):
+        factor = -(-picture.shape[axis] // most)
+        if factor > 1:
+            starts = np.arange(0, picture.shape[axis], factor)
+            picture = np.maximum.reduceat(picture, starts, axis=axis)
+    return picture

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -50,6 +53,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.failed and _SEED in item.stash:
         report.sections.append(("random seed", f"repeat with SINKLORA_TEST_SEED={item.stash[_SEED]}"))
     return report
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of benchmarks/ as its scripts do: from their own folder."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # child processes find it too
+    return importlib.import_module
 
 
 @pytest.fixture(params=_C.cpu_levels())

@@ -3,56 +3,21 @@ figures are the newest results'."""
 
 from __future__ import annotations
 
-import csv
-import importlib
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from benchmark_support import rows_of, run_script
 
 import sinklora
 
 torch = pytest.importorskip("torch")
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
 MIB = 2**20
 SMALL = ("--dtypes", "float32", "--rounds", "1", "--threads", "1")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of benchmarks/ as its scripts do: from their own folder."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # child processes find it too
-
-    def load_module(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load_module
-
-
-def run_script(name: str, *arguments: str) -> str:
-    """Runs a benchmark with the sinklora that is under test; its standard output."""
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(sinklora.__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("PYTHONSAFEPATH", None)  # the scripts import their neighbours
-    command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def s2_mask(heads: int, tokens: int, group: int) -> torch.Tensor:

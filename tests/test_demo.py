@@ -34,6 +34,9 @@ TINY = DemoSettings(
     validation_files=2,
     validation_tokens=160,
     sample_tokens=5,
+    continuation_tokens=16,
+    num_streams=1,
+    stream_contexts=3,
 )
 
 
@@ -131,6 +134,8 @@ def test_table_says_none_where_full_does_not_improve() -> None:
         ({"group_size": 0}, "group_size"),
         ({"shifted_fraction": 2.0}, "shifted_fraction"),
         ({"seed": -1}, "seed"),
+        ({"continuation_tokens": 0}, "continuation_tokens"),
+        ({"num_streams": 0}, "num_streams"),
     ],
 )
 def test_settings_refuse(change: dict[str, int], name: str) -> None:

@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from sinklora import SFPattern, plots
+from sinklora import SFPattern, plots, plots_curves
 
 PATTERN = SFPattern(group_size=4, num_sink_tokens=1, shifted_fraction=0.5)
 
@@ -83,11 +83,57 @@ def test_numbers_out_of_range(heads: int, tokens: int, name: str) -> None:
 
 
 def test_curves() -> None:
-    figure = plots.plot_curves(
+    figure = plots_curves.plot_curves(
         {"a": [1.0, 2.0, 3.0, 4.0], "empty": []}, x_label="step", y_label="loss", title="t", smooth=2
     )
     (line,) = figure.axes[0].lines
     assert line.get_ydata().tolist() == [1.5, 2.5, 3.5]
     assert line.get_xdata().tolist() == [1.5, 2.5, 3.5]
     with pytest.raises(ValueError, match="smooth"):
-        plots.plot_curves({}, x_label="", y_label="", title="", smooth=0)
+        plots_curves.plot_curves({}, x_label="", y_label="", title="", smooth=0)
+
+
+def test_lines() -> None:
+    figure = plots_curves.plot_lines(
+        {"a": {100: 1.0, 10: 2.0}, "b": {10: 3.0}},
+        x_label="x",
+        y_label="y",
+        title="t",
+        log_x=True,
+        log_y=True,
+    )
+    axes = figure.axes[0]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[100, 10], [10]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "100"]
+    assert axes.get_yscale() == "log"
+
+
+def test_kept_picture_is_the_share_of_heads() -> None:
+    picture = plots.kept_picture([2, 4], [np.array([[0, 1], [0, -1]]), np.array([[0, 3], [2, 3]])])
+    assert picture.tolist() == [[1, 0.5, 0, 0], [0.5, 0, 0.5, 1]]
+    assert plots.kept_picture([3], [np.array([0, 2])]).tolist() == [[1, 0, 1]]
+
+
+def test_kept_timeline_shows_every_position() -> None:
+    # More positions and moments than pixels: a single one must stay visible.
+    seen = list(range(3000, 5500))
+    figure = plots.plot_kept(seen, [np.array([7, moment - 1]) for moment in seen], title="kept")
+    (mesh,) = figure.axes[0].collections
+    pixels = np.asarray(mesh.get_array())
+    assert pixels.shape[0] <= 1024 and pixels.shape[1] <= 1024
+    assert (pixels[:, 1] == 1).all() and (pixels[:, 2] == 0).all() and pixels[-1, -1] == 1
+    assert figure.axes[0].get_ylim() == (5499, 3000)
+    assert figure.axes[0].get_title() == "kept"
+
+
+def test_kept_moment_shows_scores() -> None:
+    figure = plots.plot_kept([10], [np.array([9, -1, 4])], scores=np.array([0.5, 8.0, 2.0]))
+    (lines,) = figure.axes[0].collections
+    assert [path.vertices.tolist() for path in lines.get_paths()] == [[[9, 0], [9, 0.5]], [[4, 0], [4, 2]]]
+    plots.plot_kept([10], [np.array([9])])
+
+
+def test_kept_refuses_nothing() -> None:
+    for seen, kept in (([], []), ([1, 2], [np.array([0])])):
+        with pytest.raises(ValueError, match="moments"):
+            plots.plot_kept(seen, kept)

@@ -15,6 +15,7 @@ from sinklora.extras import require
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sinklora.demo_cache_report import CacheResults
     from sinklora.demo_report import Results
 
 _DEFAULT = DemoSettings()
@@ -71,6 +72,20 @@ def demo(
     validation_tokens: Annotated[
         int, typer.Option(help="Tokens scored of each.")
     ] = _DEFAULT.validation_tokens,
+    continuation_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of each file that are decoded through each cache.",
+            show_default=_changed_by_quick("continuation_tokens"),
+        ),
+    ] = None,
+    num_streams: Annotated[
+        int | None,
+        typer.Option(help="Long texts read through a cache.", show_default=_changed_by_quick("num_streams")),
+    ] = None,
+    stream_contexts: Annotated[
+        int, typer.Option(help="Length of each, in contexts.")
+    ] = _DEFAULT.stream_contexts,
     sample_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens generated at the end.", show_default=_changed_by_quick("sample_tokens")),
@@ -78,6 +93,8 @@ def demo(
     config: ConfigOption = None,
 ) -> None:
     """Extend the context of a small LLaMA with full attention, S2-Attn and SF-Attn, and compare them.
+
+    Then decodes with smaller and smaller caches.
 
     Trains on the CPU, on the sources of this Python's standard library; nothing is downloaded.
     """
@@ -88,6 +105,8 @@ def demo(
         "extend_steps": extend_steps,
         "validation_files": validation_files,
         "sample_tokens": sample_tokens,
+        "continuation_tokens": continuation_tokens,
+        "num_streams": num_streams,
     }
     settings = DemoSettings(
         seed=seed,
@@ -102,6 +121,7 @@ def demo(
         hidden_size=hidden_size,
         num_layers=layers,
         validation_tokens=validation_tokens,
+        stream_contexts=stream_contexts,
         **{**preset, **{name: value for name, value in own.items() if value is not None}},
     )
     _run(settings, output)
@@ -132,6 +152,22 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=110)
 
 
+def show_caches(caches: CacheResults, console: Console) -> None:
+    """The table of caches, what its columns mean, and how long texts ended."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE)
+    for header in caches.headers():
+        table.add_column(header, justify="right")
+    for line in caches.lines():
+        table.add_row(*line)
+    console.print(table)
+    for note in caches.notes():
+        console.print(Text(note, style="dim"))
+
+
 def show(results: Results, console: Console) -> None:
     """The table, what its columns mean, and the sampled continuation."""
     from rich import box
@@ -148,6 +184,8 @@ def show(results: Results, console: Console) -> None:
     console.print(table)
     for note in results.notes():
         console.print(Text(note, style="dim"))
+    if results.caches is not None:
+        show_caches(results.caches, console)
     prompt, continuation = results.sample
     if continuation:
         console.print("\nThe SF-Attn model goes on with a held-out file (its text dim):")
