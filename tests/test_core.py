@@ -92,13 +92,14 @@ def test_attention(objects: list[Path], tmp_path: Path) -> None:
     assert "0 failed" in run(program)
 
 
-def test_h2o_score(objects: list[Path], tmp_path: Path) -> None:
-    program = build_program("test_h2o_score", tmp_path, SANITIZERS["address"], objects)
+@pytest.mark.parametrize("name", ("test_h2o_score", "test_h2o_decode", "test_h2o_select"))
+def test_h2o(objects: list[Path], tmp_path: Path, name: str) -> None:
+    program = build_program(name, tmp_path, SANITIZERS["address"], objects)
     assert "0 failed" in run(program)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("test_attention", "test_h2o_score"))
+@pytest.mark.parametrize("name", ("test_attention", "test_h2o_score", "test_h2o_decode", "test_h2o_select"))
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_more_cases(objects: list[Path], tmp_path: Path, name: str, seed: int) -> None:
     program = build_program(name, tmp_path, SANITIZERS["address"], objects)
@@ -109,7 +110,7 @@ def test_more_cases(objects: list[Path], tmp_path: Path, name: str, seed: int) -
 def test_no_data_race(sanitizer_supported: None, tmp_path: Path) -> None:
     flags = SANITIZERS["thread"]
     compiled = build_objects(tmp_path, flags)
-    for name in ("test_attention", "test_h2o_score"):
+    for name in ("test_attention", "test_h2o_score", "test_h2o_decode"):
         assert "0 failed" in run(build_program(name, tmp_path, flags, compiled), "1", "60")
 
 
