@@ -119,6 +119,9 @@ class H2OCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last -tokens_to_remove tokens back (a negative number, as transformers counts).
 
+        What their queries added to the scores of earlier tokens goes too if the last forward brought them and
+        `activate_past_recording` was called before it, as assisted generation does; else it stays.
+
         Raises RuntimeError once anything was evicted; ValueError for a positive number, or more tokens than
         there are, or where one of them is padding.
         """

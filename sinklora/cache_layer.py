@@ -168,19 +168,13 @@ class H2OLayer(CacheLayerMixin):
         self.unfinished = True
         self.last = None
         before = self.scores.clone() if self.recording and self.scores is not None else None
-        try:
-            if num_new == 1:
-                self._make_room(new.key)
-                output = self._step(new)
-                self.counts.step(None if new.mask is None else new.mask[:, 0].tolist())
-            else:
-                with torch.inference_mode(False), torch.no_grad():
-                    output = self._prompt(new)
-        except Exception:
-            self.unfinished = (
-                False  # kernels refuse before they write, and a prompt's buffers replace the old
-            )
-            raise
+        if num_new == 1:
+            self._make_room(new.key)
+            output = self._step(new)
+            self.counts.step(None if new.mask is None else new.mask[:, 0].tolist())
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                output = self._prompt(new)
         self.clean = self.clean + num_new if new.mask is None else _clean_end(new.mask, self.clean)
         self.columns += num_new
         if self.recording and not self.counts.evicted and new.mask is None:

@@ -53,6 +53,7 @@ def h2o_attention(
             output = _ForwardOnly.apply(output, query)
         return as_module_output(output, value.shape[-1])
     except Exception:
+        # Nothing changed: kernels refuse before they write, and a prompt's buffers replace the old.
         layer.unfinished = False
         raise
 

@@ -271,6 +271,8 @@ def test_crop_is_refused() -> None:
     cache.crop(0)
     assert_same(cache, before)
     cache.crop(-9)
+    with pytest.raises(ValueError, match=r"at least -0.*padding"):
+        cache.crop(-1)
     assert cache.get_seq_length() == 11 and cache.kept_positions(0)[0, 0].tolist() == [*range(8), -1, -1, -1]
     prefill(model, cache, tokens(2, 30), attention_mask=torch.cat([mask[:, :11], torch.ones(2, 30)], 1))
     assert not cache.is_croppable

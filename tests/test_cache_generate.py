@@ -14,7 +14,7 @@ from cache_support import assert_same, kept, one_by_one, patched, prefill
 from hf_support import tokens
 from transformers import DynamicCache, TextIteratorStreamer
 
-from sinklora import H2OCache
+from sinklora import H2OCache, cache_link
 
 FULL: dict[str, Any] = {"heavy": 1.0, "recent": 500}
 SMALL: dict[str, Any] = {"heavy": 4, "recent": 3, "num_sink_tokens": 1}
@@ -246,6 +246,22 @@ def test_crop_takes_back(chunk: int) -> None:
         torch.testing.assert_close(cache.scores(i), other.scores(i), atol=1e-5, rtol=1e-5)
     last = tokens(1, 1, seed=6)
     torch.testing.assert_close(prefill(model, cache, last), prefill(model, other, last), atol=1e-5, rtol=1e-5)
+
+
+def test_crop_takes_back_the_budget_too() -> None:
+    """Fractions are of the tokens that are left of the prompt."""
+    model = patched()
+    cache = H2OCache(model.config, heavy=0.5, recent=0.6)
+    prefill(model, cache, tokens(1, 20))
+    cache.crop(-10)
+    one_by_one(model, cache, tokens(1, 8, seed=1))
+    assert cache.kept_positions(0).shape[2] == 5 + 6
+
+
+def test_a_note_is_for_one_key_and_one_call() -> None:
+    layer, keys = H2OCache(patched().config, heavy=1, recent=1).layers[0], [torch.zeros(1), torch.zeros(1)]
+    cache_link.leave(layer, keys[0])
+    assert [cache_link.take(keys[i]) for i in (1, 0, 0)] == [None, layer, None]
 
 
 def test_assisted_generation_with_a_full_budget() -> None:

@@ -108,6 +108,16 @@ def test_prompts_and_turns_are_ranked_too() -> None:
         torch.testing.assert_close(prefill(model, cache, text[:, begin:end]), expected, atol=2e-5, rtol=2e-5)
 
 
+def test_positions_of_a_first_prompt_are_ranks_too() -> None:
+    """Whatever positions the model was given: un-rotated by those, rotated by ranks."""
+    model, text = _one_layer(), tokens(1, 40)
+    cache, other = (H2OCache.streaming(model.config, sinks=2, recent=30) for _ in range(2))
+    expected = prefill(model, other, text[:, :20])
+    found = prefill(model, cache, text[:, :20], position_ids=3 * torch.arange(20)[None])
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    _check_steps(model, cache, text)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_twenty_times_the_trained_length(dtype: torch.dtype) -> None:
     """No rank ever leaves the trained length, and kept keys do not drift, however long the text."""
