@@ -30,9 +30,12 @@ import timing
 import torch
 from h2o_rows import BAR_SHAPE, PROMPT, STEP, Row
 from h2o_ways import (
+    CHUNKED,
+    EAGER,
+    OURS,
     PROMPT_WAYS,
     READS,
-    SCORES,
+    SDPA,
     STEP_WAYS,
     Call,
     Case,
@@ -44,10 +47,13 @@ from h2o_ways import (
 
 import sinklora
 
-TOKENS = (1024, 4096, 8192, 16384, 32768)
+TOKENS = (1024, 4096, 8192, 32768)
 SLOTS = (512, 4096, 32768)
-# Longer prompts in one dtype only, so that the whole takes minutes.
-LONG_TOKENS, LONG_DTYPE = 16384, "bfloat16"
+# So that the whole takes minutes: fewer rounds from here on, longer prompts in one dtype only, and memory
+# only of prompts that are long enough to tell and take a few seconds.
+LONG_TOKENS, LONG_DTYPE = 8192, "bfloat16"
+MEMORY_TOKENS, MEMORY_SECONDS = 4096, 5.0
+MEMORY_WAYS = (OURS, EAGER, CHUNKED, SDPA)
 ESTIMATE_TOKENS = 1024
 # In place of a model's 4096 tokens with --quick: 4 steps after 64 tokens.
 QUICK_CACHES = 4
@@ -97,7 +103,12 @@ def measure(section: str, case: Case, options: argparse.Namespace) -> list[Row]:
         row.note = "" if taken.quiet else timing.BUSY
         if section == STEP:
             row.gigabytes = case.cache_bytes() / row.seconds / 1e9
-        elif not options.no_memory and row.way != SCORES:
+        elif (
+            row.way in MEMORY_WAYS
+            and case.num_tokens >= MEMORY_TOKENS
+            and row.seconds < MEMORY_SECONDS
+            and not options.no_memory
+        ):
             add_memory(row, case, options.threads)
     h2o_rows.add_ratios(rows)
     return rows
@@ -126,7 +137,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, Case]]:
     found = []
     for dtype in options.dtypes:
         for length in [tokens] if options.bars else options.tokens:
-            if length < LONG_TOKENS or dtype == LONG_DTYPE:
+            if length <= LONG_TOKENS or dtype == LONG_DTYPE:
                 found.append((PROMPT, Case(dtype, heads, kv_heads, length, dim)))
         for length in [tokens] if options.bars else options.slots:
             found.append((STEP, Case(dtype, heads, kv_heads, length, dim)))

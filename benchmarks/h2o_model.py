@@ -54,13 +54,13 @@ def build_model(shape: Shape, way: str) -> Any:
         max_position_embeddings=2 * shape.prompt,
     )
     auto: Any = transformers.AutoModelForCausalLM
-    attention = "sdpa" if way == DYNAMIC else "sinklora"
-    if attention == "sinklora":
+    dtype = getattr(torch, shape.dtype)
+    model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    if way != DYNAMIC:
         import sinklora
 
-        sinklora.register()
-    dtype = getattr(torch, shape.dtype)
-    return auto.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+        sinklora.patch(model, sinklora.SFPattern())
+    return model
 
 
 def make_cache(way: str, model: Any) -> Any:
@@ -139,7 +139,7 @@ def measure(shape: Shape, options: Any) -> list[Row]:
         if section == GENERATE:
             cached = {way: storage_bytes(run.cache) for way, run in runs.items()}
         timings = timing.interleave(
-            calls, rounds=max(2, options.rounds // 2), drop_disturbed=not options.keep_disturbed
+            calls, rounds=max(2, options.rounds // 2), warmup=0, drop_disturbed=not options.keep_disturbed
         )
         here = []
         for way, taken in timings.items():

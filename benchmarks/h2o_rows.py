@@ -154,7 +154,8 @@ def _ours(rows: Sequence[Row], section: str, dtype: str) -> Row | None:
 
 
 def cache_share(rows: Sequence[Row]) -> float | None:
-    found = {row.way: row.cache_bytes for row in rows if row.section == GENERATE and row.cache_bytes != ""}
+    here = at_bar_shape(rows, GENERATE, "bfloat16")
+    found = {row.way: row.cache_bytes for row in here if row.cache_bytes != ""}
     whole, fifth = found.get(DYNAMIC), found.get(FIFTH)
     if whole is None or fifth is None:
         return None
