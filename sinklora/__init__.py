@@ -24,8 +24,8 @@ from .threads import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from . import finetune, reference
-    from .cache import H2OCache
-    from .hf import patch, patched, register, unpatch
+    from .cache.h2o_cache import H2OCache
+    from .hf.patching import patch, patched, register, unpatch
 
 __version__ = "0.1.0"
 

@@ -82,7 +82,7 @@ def prepare(
     if rope is not None:
         extend_positions(model, context, rope)
     if pattern != "full":
-        from .hf import patch
+        from .hf.patching import patch
 
         patch(model, pattern if pattern is not None else SFPattern.from_ratio(context, 0.25))
     prepared = get_peft_model(model, settings)

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .hf import patch
-from .hf_settings import CONFIG_KEY, FILE_NAME, base_model, text_config
+from .hf.patching import patch
+from .hf.settings import CONFIG_KEY, FILE_NAME, base_model, text_config
 from .pattern import SFPattern
 
 logger = logging.getLogger("sinklora")

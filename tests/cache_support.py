@@ -9,7 +9,7 @@ from hf_support import PATTERN, tiny
 
 import sinklora
 from sinklora import H2OCache
-from sinklora.cache_layer import TENSORS
+from sinklora.cache.layer import TENSORS
 
 
 def patched(architecture: str = "Llama", **changes: Any) -> Any:

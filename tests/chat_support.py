@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_support import tiny
 
-from sinklora.generate_settings import CacheSettings, Sampling
+from sinklora.generation.settings import CacheSettings, Sampling
 from sinklora.loading import OpenedModel, open_model
 from sinklora.tokenizer import byte_tokenizer
 

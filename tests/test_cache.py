@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from sinklora import H2OCache
 from sinklora.budget import Budget
-from sinklora.cache_layer import H2OLayer, NewTokens, Settings
+from sinklora.cache.layer import H2OLayer, NewTokens, Settings
 from sinklora.reference_h2o import H2OSimulation
 
 CONFIG = tiny().config

@@ -14,7 +14,8 @@ from hf_support import PATTERN, restarting, tiny, tokens
 from transformers import DeepseekV3Config, DynamicCache, JambaConfig, T5Config
 
 import sinklora
-from sinklora import H2OCache, cache_link
+from sinklora import H2OCache
+from sinklora.cache import link as cache_link
 
 
 def small(model: Any, **options: Any) -> H2OCache:
@@ -221,7 +222,7 @@ def test_a_forward_that_broke_off(where: str, num_new: int, monkeypatch: pytest.
             for name in ("h2o_decode", "h2o_select"):
                 patching.setattr(f"sinklora.torch_h2o.{name}", interrupt)
         else:
-            patching.setattr("sinklora.hf_attention.h2o_attention", interrupt)
+            patching.setattr("sinklora.hf.attention.h2o_attention", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prefill(model, cache, tokens(1, num_new))
     for use in (

@@ -90,7 +90,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         Path(name).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("sinklora.cache_file.save_file", fail)
+    monkeypatch.setattr("sinklora.cache.file.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         cache.save(path)
     assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1

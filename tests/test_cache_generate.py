@@ -14,7 +14,8 @@ from cache_support import assert_same, kept, one_by_one, patched, prefill
 from hf_support import tokens
 from transformers import DynamicCache, TextIteratorStreamer
 
-from sinklora import H2OCache, cache_link
+from sinklora import H2OCache
+from sinklora.cache import link as cache_link
 
 FULL: dict[str, Any] = {"heavy": 1.0, "recent": 500}
 SMALL: dict[str, Any] = {"heavy": 4, "recent": 3, "num_sink_tokens": 1}

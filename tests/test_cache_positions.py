@@ -27,7 +27,7 @@ from transformers import (
 
 import sinklora
 from sinklora import H2OCache
-from sinklora.cache_rotary import rotate, unrotate
+from sinklora.cache.rotary import rotate, unrotate
 
 
 def _one_layer(architecture: str = "Llama", **changes: Any) -> Any:

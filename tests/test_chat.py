@@ -30,12 +30,12 @@ from chat_support import (
 
 import sinklora
 from sinklora import cli
-from sinklora.chat import ChatSession
-from sinklora.chat_commands import ChatCommands, LeaveChat
-from sinklora.chat_formats import Dialogue, Llama2Format, PlainFormat, choose_format
-from sinklora.generate import cache_facts, continue_tokens
-from sinklora.generate_settings import CacheSettings, Sampling
-from sinklora.streaming import Interrupt
+from sinklora.generation.chat import ChatSession
+from sinklora.generation.chat_commands import ChatCommands, LeaveChat
+from sinklora.generation.formats import Dialogue, Llama2Format, PlainFormat, choose_format
+from sinklora.generation.generate import cache_facts, continue_tokens
+from sinklora.generation.settings import CacheSettings, Sampling
+from sinklora.generation.streaming import Interrupt
 from sinklora.tokenizer import byte_tokenizer
 
 TURNS = ("Hello there", "and now?", "  last one ")

@@ -17,7 +17,7 @@ from sinklora import _C
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 C_SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".c", ".h", ".inc", ".cu", ".cuh"})
-PYTHON_SOURCES = sorted((ROOT / "sinklora").glob("*.py"))
+PYTHON_SOURCES = sorted((ROOT / "sinklora").rglob("*.py"))
 OUTSIDE_THE_TREE = {"build", "dist", "__pycache__", "sinklora-demo"}
 
 
@@ -135,7 +135,11 @@ def functions(source: Path) -> Iterator[tuple[str, int]]:
             start = None
 
 
-@pytest.mark.parametrize("source", [*C_SOURCES, *PYTHON_SOURCES], ids=relative)
+# A command's function is its list of options.
+READABLE = [p for p in [*C_SOURCES, *PYTHON_SOURCES] if p.parent.name != "commands"]
+
+
+@pytest.mark.parametrize("source", READABLE, ids=relative)
 def test_functions_stay_readable(source: Path) -> None:
     long = [f"{name}: {lines} lines" for name, lines in functions(source) if lines > FUNCTION_LINES]
     assert not long

@@ -15,10 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sinklora
-from sinklora import demo
-from sinklora.demo_data import Blocks, encode, library_files, read_texts, split_by_file
-from sinklora.demo_report import Results, cell_texts
-from sinklora.demo_settings import QUICK, DemoSettings
+from sinklora.demo import run as demo
+from sinklora.demo.data import Blocks, encode, library_files, read_texts, split_by_file
+from sinklora.demo.report import Results, cell_texts
+from sinklora.demo.settings import QUICK, DemoSettings
 from sinklora.evaluate import file_losses, perplexity
 from sinklora.tokenizer import byte_tokenizer
 

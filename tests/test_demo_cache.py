@@ -14,9 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sinklora
-from sinklora import demo_cache
-from sinklora.demo_cache_report import METHODS, CacheResults, write_cache_results
-from sinklora.demo_settings import DemoSettings
+from sinklora.demo import caches as demo_cache
+from sinklora.demo.cache_report import METHODS, CacheResults, write_cache_results
+from sinklora.demo.settings import DemoSettings
 from sinklora.evaluate_cache import continuation_losses
 
 SETTINGS = DemoSettings(

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerFast
 import sinklora
 from sinklora import cli
 from sinklora.commands import shared
-from sinklora.generate import cache_facts, continue_tokens, end_tokens
-from sinklora.generate_settings import CacheSettings, Sampling, parse_amount
+from sinklora.generation.generate import cache_facts, continue_tokens, end_tokens
+from sinklora.generation.settings import CacheSettings, Sampling, parse_amount
+from sinklora.generation.streaming import Interrupt, TokenText
 from sinklora.loading import OpenedModel
-from sinklora.streaming import Interrupt, TokenText
 from sinklora.tokenizer import byte_tokenizer
 
 PROMPT = list(range(60, 110))

@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from sinklora.hf_masks import dense_mask, find_rows, padding_of_dense, past_mask, sinklora_mask
+from sinklora.hf.masks import dense_mask, find_rows, padding_of_dense, past_mask, sinklora_mask
 
 N = 12
 PACKED = packed_sequence_compatibility_function(

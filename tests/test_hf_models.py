@@ -8,7 +8,7 @@ from hf_support import ARCHITECTURES, ORACLE, PATTERN, VOCAB, register_oracle, r
 from transformers import PersimmonConfig, PersimmonForCausalLM
 
 import sinklora
-from sinklora.hf_attention import sinklora_attention
+from sinklora.hf.attention import sinklora_attention
 
 N = 40  # five groups, the last of a shifted head short
 

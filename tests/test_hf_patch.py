@@ -18,7 +18,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sinklora
-from sinklora.hf_attention import sinklora_attention
+from sinklora.hf.attention import sinklora_attention
 
 SETTINGS = {
     "group_size": 8,

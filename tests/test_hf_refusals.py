@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import sinklora
-from sinklora.hf_attention import sinklora_attention
+from sinklora.hf.attention import sinklora_attention
 
 
 def _name(model: torch.nn.Module) -> str:

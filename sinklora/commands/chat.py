@@ -14,8 +14,8 @@ import typer
 from sinklora.commands import shared
 
 if TYPE_CHECKING:
-    from sinklora.chat import ChatSession
-    from sinklora.chat_commands import ChatCommands
+    from sinklora.generation.chat import ChatSession
+    from sinklora.generation.chat_commands import ChatCommands
 
 HISTORY_LINES = 1000
 
@@ -67,8 +67,8 @@ def chat(
         chunk=prefill_chunk,
     )
     opened = shared.open_for_generation(model, dtype)
-    from sinklora.chat import ChatSession
-    from sinklora.chat_commands import ChatCommands
+    from sinklora.generation.chat import ChatSession
+    from sinklora.generation.chat_commands import ChatCommands
 
     with shared.option_errors():
         session = ChatSession(opened, settings, sampling, style=style, system=system)
@@ -87,7 +87,7 @@ def converse(session: ChatSession, commands: ChatCommands, interactive: bool) ->
 
     A terminal gets errors as a line and goes on; elsewhere they are raised.
     """
-    from sinklora.chat_commands import LeaveChat
+    from sinklora.generation.chat_commands import LeaveChat
 
     answering, leaving = Answering(session), False
     while True:
@@ -126,7 +126,7 @@ class Answering:
         self.warned = False
 
     def __call__(self, message: str) -> None:
-        from sinklora.streaming import Interrupt
+        from sinklora.generation.streaming import Interrupt
 
         session = self.session
         reading, interrupt = shared.ReadingLine(), Interrupt()

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sinklora.cli import ConfigOption
-from sinklora.demo_settings import QUICK, DemoSettings
+from sinklora.demo.settings import QUICK, DemoSettings
 from sinklora.extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sinklora.demo_cache_report import CacheResults
-    from sinklora.demo_report import Results
+    from sinklora.demo.cache_report import CacheResults
+    from sinklora.demo.report import Results
 
 _DEFAULT = DemoSettings()
 
@@ -134,7 +134,7 @@ def _run(settings: DemoSettings, output: Path) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     import transformers
 
-    from sinklora.demo import run
+    from sinklora.demo.run import run
     from sinklora.progress import progress_bars
 
     transformers.utils.logging.disable_progress_bar()
@@ -174,7 +174,7 @@ def show(results: Results, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sinklora.demo_report import cell_texts
+    from sinklora.demo.report import cell_texts
 
     table = Table(box=box.SIMPLE)
     for index, header in enumerate(results.headers()):

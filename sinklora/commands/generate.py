@@ -12,7 +12,7 @@ from sinklora.cli import INTERRUPTED_STATUS
 from sinklora.commands import shared
 
 if TYPE_CHECKING:
-    from sinklora.generate_settings import CacheSettings, Sampling
+    from sinklora.generation.settings import CacheSettings, Sampling
     from sinklora.loading import OpenedModel
 
 
@@ -88,8 +88,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 def _continue(opened: OpenedModel, text: str, settings: CacheSettings, sampling: Sampling) -> bool:
     """Writes the continuation and the figures; True where Ctrl-C ended it."""
-    from sinklora.generate import cache_facts, continue_tokens
-    from sinklora.streaming import Interrupt
+    from sinklora.generation.generate import cache_facts, continue_tokens
+    from sinklora.generation.streaming import Interrupt
 
     tokenizer: Any = opened.tokenizer
     tokens = list(tokenizer(text)["input_ids"])

@@ -15,7 +15,7 @@ import typer
 from sinklora.extras import require
 
 if TYPE_CHECKING:
-    from sinklora.generate_settings import CacheSettings, Sampling
+    from sinklora.generation.settings import CacheSettings, Sampling
     from sinklora.loading import OpenedModel
 
 # Python's names of the settings that are options here; errors about a setting name the option.
@@ -41,7 +41,7 @@ _SHOWN_CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if ch
 
 
 def _amount(text: str) -> int | float:
-    from sinklora.generate_settings import parse_amount
+    from sinklora.generation.settings import parse_amount
 
     try:
         return parse_amount(text)
@@ -127,7 +127,7 @@ def cache_settings(
     heavy: Any, recent: Any, sinks: int | None, positions: str | None, full_cache: bool
 ) -> CacheSettings:
     """The cache that the options ask for, checked before a model is opened."""
-    from sinklora.generate_settings import CacheSettings
+    from sinklora.generation.settings import CacheSettings
 
     given = {"heavy": heavy, "recent": recent, "num_sink_tokens": sinks, "positions": positions}
     given = {name: value for name, value in given.items() if value is not None}
@@ -139,7 +139,7 @@ def cache_settings(
 
 
 def sampling_settings(**values: Any) -> Sampling:
-    from sinklora.generate_settings import Sampling
+    from sinklora.generation.settings import Sampling
 
     with option_errors():
         return Sampling(**values)

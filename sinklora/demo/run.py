@@ -22,17 +22,17 @@ from transformers import (
     set_seed,
 )
 
-from . import finetune
-from .demo_cache import compare_caches, draw_kept, forward_tokens
-from .demo_cache_report import CacheResults
-from .demo_data import Blocks, encode, library_files, read_texts, split_by_file
-from .demo_report import MARKER, Results, write_results
-from .demo_settings import DemoSettings
-from .demo_train import TrainingLog, train
-from .evaluate import file_losses, windows
-from .folders import replaced_folder
-from .hf import patch
-from .tokenizer import byte_tokenizer
+from .. import finetune
+from ..evaluate import file_losses, windows
+from ..folders import replaced_folder
+from ..hf.patching import patch
+from ..tokenizer import byte_tokenizer
+from .cache_report import CacheResults
+from .caches import compare_caches, draw_kept, forward_tokens
+from .data import Blocks, encode, library_files, read_texts, split_by_file
+from .report import MARKER, Results, write_results
+from .settings import DemoSettings
+from .train import TrainingLog, train
 
 # A model this narrow learns much faster from it than from the 0.02 that suits wide ones.
 INITIALIZER_RANGE = 0.06

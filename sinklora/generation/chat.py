@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .chat_formats import Dialogue, choose_format
+from ..loading import OpenedModel
+from .formats import Dialogue, choose_format
 from .generate import Continuation, cache_facts, continue_tokens
-from .generate_settings import CacheSettings, Sampling
-from .loading import OpenedModel
+from .settings import CacheSettings, Sampling
 from .streaming import Interrupt
 
 

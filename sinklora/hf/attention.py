@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from . import cache_link
-from .hf_full import full_attention, run_kernel
-from .hf_h2o import h2o_attention
-from .hf_masks import Rows, find_rows, padding_of_dense
-from .hf_settings import CONFIG_KEY, from_settings, watch_saving
-from .pattern import SFPattern
+from ..cache import link as cache_link
+from ..pattern import SFPattern
+from .full import full_attention, run_kernel
+from .h2o import h2o_attention
+from .masks import Rows, find_rows, padding_of_dense
+from .settings import CONFIG_KEY, from_settings, watch_saving
 
 logger = logging.getLogger("sinklora")
 

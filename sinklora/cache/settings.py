@@ -7,11 +7,11 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from .budget import Budget
-from .cache_layer import H2OLayer, Settings
-from .cache_ranks import RankedLayer
-from .cache_rotary import Rotary
-from .hf_settings import text_config
+from ..budget import Budget
+from ..hf.settings import text_config
+from .layer import H2OLayer, Settings
+from .ranks import RankedLayer
+from .rotary import Rotary
 
 Entries = int | float
 _POSITIONS = ("original", "cache")

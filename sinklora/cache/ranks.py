@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import torch_h2o
-from .budget import Budget
-from .cache_layer import H2OLayer, NewTokens, Settings
-from .cache_rotary import Rotary, rotate, unrotate
+from .. import torch_h2o
+from ..budget import Budget
+from .layer import H2OLayer, NewTokens, Settings
+from .rotary import Rotary, rotate, unrotate
 
 
 class RankedLayer(H2OLayer):

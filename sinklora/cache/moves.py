@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import torch_h2o
-from .cache_layer import TENSORS, H2OLayer
-from .cache_past import LastForward
+from .. import torch_h2o
+from .layer import TENSORS, H2OLayer
+from .past import LastForward
 
 
 def select_rows(layer: H2OLayer, rows: Tensor) -> None:

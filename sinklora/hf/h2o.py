@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache_layer import H2OLayer, NewTokens
-from .cache_ranks import RankedLayer
-from .hf_full import aligned, as_module_output, needs_grad
-from .hf_masks import padding_of_dense
+from ..cache.layer import H2OLayer, NewTokens
+from ..cache.ranks import RankedLayer
+from .full import aligned, as_module_output, needs_grad
+from .masks import padding_of_dense
 
 
 def h2o_attention(

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from .cache import H2OCache
-from .demo_cache_report import METHODS, CacheResults, CacheRow
-from .demo_settings import DemoSettings
-from .evaluate_cache import continuation_losses
+from ..cache.h2o_cache import H2OCache
+from ..evaluate_cache import continuation_losses
+from .cache_report import METHODS, CacheResults, CacheRow
+from .settings import DemoSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

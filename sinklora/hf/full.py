@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from . import torch_h2o, torch_ops
-from .hf_masks import Rows, dense_mask, find_rows, past_mask
-from .pattern import SFPattern
+from .. import torch_h2o, torch_ops
+from ..pattern import SFPattern
+from .masks import Rows, dense_mask, find_rows, past_mask
 
 # Full causal attention is the pattern of one group that no sequence fills.
 FULL = SFPattern(group_size=2**31 - 1, num_sink_tokens=0, shifted_fraction=0.0)

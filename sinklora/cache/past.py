@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache_rows import RowCounts
+from .rows import RowCounts
 
 if TYPE_CHECKING:
-    from .cache_layer import H2OLayer
+    from .layer import H2OLayer
 
 
 class Past(NamedTuple):

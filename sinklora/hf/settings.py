@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from .pattern import SFPattern
+from ..pattern import SFPattern
 
 FILE_NAME = "sinklora.json"
 CONFIG_KEY = "sinklora"

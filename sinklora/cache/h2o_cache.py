@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from . import cache_file, cache_link
-from .cache_layer import H2OLayer
-from .cache_moves import check_crop, crop, select_rows
-from .cache_record import moments
-from .cache_rotary import refuse_config
-from .cache_settings import Entries, check_shape, decoder_config, make_budgets, make_layers, make_settings
+from . import file as cache_file
+from . import link as cache_link
+from .layer import H2OLayer
+from .moves import check_crop, crop, select_rows
+from .record import moments
+from .rotary import refuse_config
+from .settings import Entries, check_shape, decoder_config, make_budgets, make_layers, make_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,7 +198,7 @@ class H2OCache(Cache):
         Returns a matplotlib Figure. Raises MissingExtraError without matplotlib, ValueError where there is
         nothing to draw.
         """
-        from .plots import plot_kept
+        from ..plots import plot_kept
 
         chosen = self._layer(layer)
         seen, kept, scores = moments(chosen, row)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 
 from .chat import ChatSession
-from .generate_settings import parse_amount
+from .settings import parse_amount
 
 
 class LeaveChat(Exception):  # noqa: N818 - no error

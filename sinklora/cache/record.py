@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .cache_layer import H2OLayer
+    from .layer import H2OLayer
 
 # More than a picture shows.
 MOST_MOMENTS = 400

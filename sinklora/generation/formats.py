@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from .tokenizer import SPECIAL_TOKENS
+from ..tokenizer import SPECIAL_TOKENS
 
 STYLES = ("auto", "template", "llama2", "plain")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .cache_layer import H2OLayer
+    from .layer import H2OLayer
 
 # Thread -> (layer, key), held weakly, so that a forward that breaks off keeps no keys alive. A plain dict:
 # under torch.compile its emptiness is guarded on, and a model without such a cache compiles as if this were

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from . import torch_h2o
-from .budget import Budget
-from .cache_past import LastForward, gather_past
-from .cache_record import Timeline
-from .cache_rotary import Received, Rotary
-from .cache_rows import RowCounts
+from .. import torch_h2o
+from ..budget import Budget
+from .past import LastForward, gather_past
+from .record import Timeline
+from .rotary import Received, Rotary
+from .rows import RowCounts
 
 # A layer's tensors, all with the batch as their first dimension.
 TENSORS = ("keys", "values", "scores", "positions", "free_slot", "rows")

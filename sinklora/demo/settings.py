@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .pattern import SFPattern
+from ..pattern import SFPattern
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """SF-Attn in transformers: one registered attention name, and switching a model to it and back.
 
 No forward method is replaced. transformers looks the name "sinklora" up for every attention call and every
-mask (hf_attention.py, hf_masks.py); the settings live in the model's config (hf_settings.py).
+mask (attention.py, masks.py); the settings live in the model's config (settings.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .hf_attention import describe, first_time, forget, sinklora_attention
-from .hf_masks import sinklora_mask
-from .hf_settings import (
+from ..pattern import SFPattern
+from .attention import describe, first_time, forget, sinklora_attention
+from .masks import sinklora_mask
+from .settings import (
     CONFIG_KEY,
     base_model,
     from_settings,
@@ -26,7 +27,6 @@ from .hf_settings import (
     to_settings,
     watch_saving,
 )
-from .pattern import SFPattern
 
 NAME = "sinklora"
 logger = logging.getLogger("sinklora")

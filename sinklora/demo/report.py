@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from . import __version__
-from .about import info
-from .demo_cache_report import CacheResults, write_cache_results
-from .demo_settings import DemoSettings
-from .evaluate import bootstrap_interval, improvement_share, mean_loss, perplexity
-from .plots import plot_pattern
-from .plots_curves import plot_curves
+from .. import __version__
+from ..about import info
+from ..evaluate import bootstrap_interval, improvement_share, mean_loss, perplexity
+from ..plots import plot_pattern
+from ..plots_curves import plot_curves
+from .cache_report import CacheResults, write_cache_results
+from .settings import DemoSettings
 
 MARKER = "results.json"
 Losses = list[torch.Tensor]

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 from pathlib import Path
 
-from .plots_curves import plot_lines
+from ..plots_curves import plot_lines
 
 # Cache policies by their names in the table and the pictures.
 METHODS = ("H2O", "recent only", "StreamingLLM")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
-from .budget import Budget
-from .cache import H2OCache
-from .hf_settings import text_config
+from ..budget import Budget
+from ..cache.h2o_cache import H2OCache
+from ..hf.settings import text_config
 
 Amount = int | float
 POSITIONS = ("original", "cache")

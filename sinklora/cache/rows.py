@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .budget import Budget
+from ..budget import Budget
 
 
 @dataclasses.dataclass

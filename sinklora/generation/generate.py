@@ -18,8 +18,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .cache import H2OCache
-from .generate_settings import Sampling
+from ..cache.h2o_cache import H2OCache
+from .settings import Sampling
 from .streaming import Interrupt, StopWhenInterrupted, TokenSink, TokenText
 
 

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .budget import Budget
-from .cache_layer import TENSORS, H2OLayer, Settings
-from .cache_record import Timeline
-from .cache_rows import RowCounts
-from .cache_settings import make_layers, make_settings
+from ..budget import Budget
+from .layer import TENSORS, H2OLayer, Settings
+from .record import Timeline
+from .rows import RowCounts
+from .settings import make_layers, make_settings
 
 _KEY = "sinklora.H2OCache"
 _FORMAT = 1

@@ -1,0 +1,1 @@
+"""What `sinklora generate` and `sinklora chat` do, apart from their command lines."""
