@@ -180,6 +180,17 @@ def test_scales(cpu_level: str, scale: float, torch_rng: torch.Generator) -> Non
     assert_close(lse, expected.lse, 2e-5, 2e-5)
 
 
+def test_the_largest_logit_may_stand_anywhere(cpu_level: str, torch_rng: torch.Generator) -> None:
+    """Far above or below the others, in the first, a middle or the last slot of a long cache."""
+    query, key, value = tensors((1, 4, 2, 1, 2500, 16), torch.float32, torch_rng)
+    query[:] = query[:, :1]
+    for slot in (0, 1300, 2499):
+        for factor in (-400.0, 400.0):
+            outlier = key.clone()
+            outlier[:, :, slot] = factor * query[0, 0]
+            check(query, outlier, value)
+
+
 def test_queries_do_not_see_the_future(cpu_level: str, torch_rng: torch.Generator) -> None:
     for dtype in DTYPES:
         query, key, value = tensors((1, 4, 2, 4, 60, 32), dtype, torch_rng)
