@@ -76,9 +76,6 @@ def make_cache(way: str, model: Any) -> Any:
 
 def tensors(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     """Every tensor that a cache holds, however deep in its own objects."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
     if isinstance(thing, torch.Tensor):
         yield thing
     elif isinstance(thing, list | tuple | set):
@@ -86,7 +83,10 @@ def tensors(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
             yield from tensors(item, seen)
     elif isinstance(thing, dict):
         yield from tensors(list(thing.values()), seen)
-    elif type(thing).__module__.startswith(("transformers.cache_utils", "sinklora")):
+    elif (
+        type(thing).__module__.startswith(("transformers.cache_utils", "sinklora")) and id(thing) not in seen
+    ):
+        seen.add(id(thing))  # of lasting objects only: an id of a list made here would come again
         names = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
         held = [getattr(thing, name) for name in names if hasattr(thing, name)]
         yield from tensors([*held, *getattr(thing, "__dict__", {}).values()], seen)

@@ -99,9 +99,10 @@ def test_cache_share_is_of_real_storages(load) -> None:
     rows, model = load("h2o_rows"), load("h2o_model")
     cache = transformers.DynamicCache()
     whole = torch.zeros(1, 2, 100, 8)
-    cache.update(whole[:, :, :10], whole[:, :, 10:20], 0)
-    kept = sum(x.untyped_storage().nbytes() for x in (cache.layers[0].keys, cache.layers[0].values))
-    assert model.storage_bytes(cache) == kept
+    for layer in range(5):
+        cache.update(whole[:, :, :10].clone(), whole[:, :, 10:20].clone(), layer)
+    assert model.storage_bytes(cache) == 5 * 2 * (2 * 10 * 8 * 4)
+    cache.layers = cache.layers[:1]
     cache.layers[0].keys = cache.layers[0].values = whole[:, :, :10]  # two views of one storage
     assert model.storage_bytes(cache) == whole.nbytes
     measured = []
