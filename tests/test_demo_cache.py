@@ -119,3 +119,9 @@ def test_table(results: CacheResults) -> None:
     assert all(len(line) == len(results.headers()) for line in lines)
     notes = results.notes()
     assert all(any(name in note for note in notes) for name in demo_cache.STREAMS)
+    for smallest, said in ((1.0, True), (9.0, False)):
+        rows = [
+            dataclasses.replace(row, perplexity=8.0 if row.budget == 1.0 else smallest)
+            for row in results.rows
+        ]
+        assert any("far away" in n for n in dataclasses.replace(results, rows=rows).notes()) is said

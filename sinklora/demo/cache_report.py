@@ -66,6 +66,12 @@ class CacheResults:
             f"ppl: per byte of {self.continuation} tokens, decoded one by one after {self.prompt}, "
             f"{self.texts} texts at once; tokens/s: of that. KiB: of the cache, for all of them.",
         ]
+        recent = [row.perplexity for row in self.rows if row.method == "recent only"]
+        if min(recent) < recent[0]:
+            found.append(
+                "Some recent tokens alone predict better than the whole text: this small model makes no good use "
+                "of what is far away, so keeping some of it, heavy or not, does not pay here."
+            )
         for name, points in self.streams.items():
             values = list(points.values())
             change = f"perplexity {values[0]:.2f} at first, {values[-1]:.2f} at last"
