@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_close, assert_same_bits
-from cases import DTYPES
+from cases import DTYPES, each_level
 from torch import Tensor
 
 from sinklora import _C
@@ -95,7 +95,7 @@ def random_mask(batch: int, keys: int, kind: str, rng: torch.Generator) -> Tenso
 @every_dtype
 @pytest.mark.parametrize("kind", ("none", "left", "right", "holes"))
 def test_matches_the_definition(
-    size: tuple[int, ...], dtype: torch.dtype, kind: str, cpu_level: str, torch_rng: torch.Generator
+    size: tuple[int, ...], dtype: torch.dtype, kind: str, torch_rng: torch.Generator
 ) -> None:
     query, key, value = inputs(size, dtype, torch_rng)
     mask = random_mask(size[0], size[4], kind, torch_rng)
@@ -104,12 +104,13 @@ def test_matches_the_definition(
         for x in (key, value):
             x.masked_fill_(~mask[:, None, :, None], float("nan"))
         query.masked_fill_(~mask[:, None, size[4] - size[3] :, None], float("nan"))
-    output, lse = causal(query, key, value, mask)
-    assert_close(output, want, TOLERANCE[dtype], TOLERANCE[dtype], "output")
-    assert_close(lse, want_lse, 2e-5, 2e-5, "lse")
-    untouched, alone = causal(query, key, None, mask)
-    assert_same_bits(alone, lse, "lse alone")
-    assert untouched.isnan().all()
+    for level in each_level():
+        output, lse = causal(query, key, value, mask)
+        assert_close(output, want, TOLERANCE[dtype], TOLERANCE[dtype], f"{level}: output")
+        assert_close(lse, want_lse, 2e-5, 2e-5, f"{level}: lse")
+        untouched, alone = causal(query, key, None, mask)
+        assert_same_bits(alone, lse, f"{level}: lse alone")
+        assert untouched.isnan().all()
 
 
 @every_dtype

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_close, assert_same_bits
-from cases import DTYPES
+from cases import DTYPES, each_level
 from test_causal_forward import allocate, causal, inputs, random_mask, visible
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def assert_accurate(actual: Tensor, want: Tensor, name: str = "scores") -> None:
 @every_dtype
 @pytest.mark.parametrize("kind", ("none", "left", "right", "holes"))
 def test_matches_the_definition(
-    size: tuple[int, ...], dtype: torch.dtype, kind: str, cpu_level: str, torch_rng: torch.Generator
+    size: tuple[int, ...], dtype: torch.dtype, kind: str, torch_rng: torch.Generator
 ) -> None:
     query, key, _ = inputs(size, dtype, torch_rng)
     mask = random_mask(size[0], size[4], kind, torch_rng)
@@ -80,14 +80,15 @@ def test_matches_the_definition(
     if mask is not None:  # padding may hold anything
         key.masked_fill_(~mask[:, None, :, None], float("nan"))
         query.masked_fill_(~mask[:, None, size[4] - size[3] :, None], float("nan"))
-    _, lse = causal(query, key, None, mask)
-    for window, want in zip(windows, wanted, strict=True):
-        got = score(query, key, lse, mask, window=window)
-        assert_accurate(got, want, f"window {window}")
-        if mask is not None:
-            assert not got[~mask[:, None].expand_as(got)].any(), "padding has a score"
     ratio = size[1] // size[2]
-    assert_accurate(score(query, key, lse, mask, mean=True) * ratio, wanted[0], "mean")
+    for level in each_level():
+        _, lse = causal(query, key, None, mask)
+        for window, want in zip(windows, wanted, strict=True):
+            got = score(query, key, lse, mask, window=window)
+            assert_accurate(got, want, f"{level}, window {window}")
+            if mask is not None:
+                assert not got[~mask[:, None].expand_as(got)].any(), f"{level}: padding has a score"
+        assert_accurate(score(query, key, lse, mask, mean=True) * ratio, wanted[0], f"{level}, mean")
 
 
 @every_dtype
