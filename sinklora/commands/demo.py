@@ -27,7 +27,7 @@ def _changed_by_quick(name: str) -> str:
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A minute instead of five; the numbers then say little.")
+        bool, typer.Option("--quick", help="A minute instead of four; the numbers then say little.")
     ] = False,
     seed: Annotated[
         int, typer.Option(help="Of the file split, the start model and the order of the data.")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BUDGETS = (1.0, 0.5, 0.2, 0.1, 0.05)
 SINKS = 4
 # Of the long texts so many tokens are read in each forward.
-CHUNK = 64
+CHUNK = 128
 TIMELINE_BUDGET = 0.2
 
 Advance = Callable[[int], None]

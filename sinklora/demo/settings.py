@@ -37,8 +37,8 @@ class DemoSettings:
     validation_files: int = 24
     validation_tokens: int = 2048
     sample_tokens: int = 200
-    continuation_tokens: int = 256
-    num_streams: int = 4
+    continuation_tokens: int = 128
+    num_streams: int = 2
     stream_contexts: int = 20
 
     def __post_init__(self) -> None:
