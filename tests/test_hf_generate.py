@@ -69,6 +69,19 @@ def test_static_cache_by_hand(capacity: int) -> None:
     torch.testing.assert_close(torch.cat([first, last], 1), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_static_sliding_cache_by_hand() -> None:
+    """Steps up to the window's end, over it, and after a prompt that is longer."""
+    model, ids = tiny("Mistral", sliding_window=9), tokens(2, 21)
+    with torch.no_grad():
+        expected = model(ids).logits
+        sinklora.patch(model, PATTERN)
+        for first in (1, 6, 11):
+            cache = StaticCache(config=model.config, max_cache_len=32)
+            parts = [ids[:, :first], *ids[:, first:].split(1, 1)]
+            found = torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_chunks_by_hand() -> None:
     model, ids = tiny(), tokens(1, 30)
     with torch.no_grad():

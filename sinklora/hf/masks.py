@@ -48,7 +48,10 @@ def sinklora_mask(
     is_2d = attention_mask is None or attention_mask.ndim == 2
     if n_key is not None and is_2d and _is_causal(mask_function, n_key, q_length, q_offset, kwargs):
         if attention_mask is None and n_key == kv_length:
-            packed = not kwargs.get("allow_is_causal_skip", True) and not _is_static(q_offset)
+            # No skip over past tokens means one token over a static cache's window: rows are packed without
+            # a cache only.
+            packed = n_key == q_length and not kwargs.get("allow_is_causal_skip", True)
+            packed = packed and not _is_static(q_offset)
             return torch.empty(0, dtype=torch.int64, device=kwargs.get("device")) if packed else None
         if attention_mask is None:
             return torch.ones(batch_size, n_key, dtype=torch.bool, device=kwargs.get("device"))
