@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,17 @@ def test_a_saved_cache_goes_on(options: dict[str, Any], dtype: torch.dtype, tmp_
         assert timelines[0] == timelines[1]
 
 
+def test_every_step_can_be_saved(tmp_path: Path) -> None:
+    """A row whose slots are all in use has its free slot behind them, where the next step makes one."""
+    model, path = patched(), tmp_path / "cache"
+    cache = H2OCache(model.config, heavy=90, recent=9)
+    for ids in (tokens(1, 5), *tokens(1, 70).split(1, 1)):
+        prefill(model, cache, ids)
+        cache.save(path)
+        assert_same(H2OCache.load(path), cache)
+    assert cache.layers[0].keys.shape[2] > 75  # one growth lies within
+
+
 def test_an_empty_cache_is_saved_too(tmp_path: Path) -> None:
     model = patched()
     H2OCache(model.config, heavy=0.5, recent=1).save(tmp_path / "cache")
@@ -94,6 +106,29 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="no space"):
         cache.save(path)
     assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+
+
+def test_where_a_cache_is_saved(tmp_path: Path) -> None:
+    """Through a link to what it points to; not where there is no folder."""
+    cache, link = _used(patched()), tmp_path / "link"
+    link.symlink_to(tmp_path / "cache")
+    cache.save(link)
+    assert link.is_symlink()
+    assert_same(H2OCache.load(tmp_path / "cache"), cache)
+    with pytest.raises(OSError, match="No such file"):
+        cache.save(tmp_path / "none" / "cache")
+    with pytest.raises(OSError, match="directory"):
+        cache.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "link"]
+
+
+@pytest.mark.parametrize("positions", ["original", "cache"])
+def test_a_pickled_cache_goes_on(positions: str) -> None:
+    model = patched()
+    cache = _used(model, positions=positions)
+    found = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(prefill(model, found, tokens(2, 2)), prefill(model, cache, tokens(2, 2)))
+    assert_same(found, cache)
 
 
 def test_models_of_another_shape(tmp_path: Path) -> None:
@@ -160,6 +195,7 @@ def _say(name: str, value: Any) -> Callable[[Contents], None]:
         (_set("layers.0.positions", (0, 0, 0), -1), "layers.0.*agree"),
         (_set("layers.0.positions", (0, 0, 0), -2), "layers.0.*agree"),
         (_set("layers.0.scores", (0, 0, 0), float("nan")), "layers.0.*agree"),
+        (_set("layers.0.free_slot", (0, 0), 8), "layers.0.*agree"),
         (_say("format", 2), "format 1.*2"),
         (_say("more", 2), "fields.*more"),
         (_say("budgets", []), "budgets"),
@@ -196,6 +232,9 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cache.*H2OCache\.save"):
         H2OCache.load(path)
     save_file({"x": torch.zeros(1)}, path, metadata={KEY: "{"})
+    with pytest.raises(ValueError, match="cache"):
+        H2OCache.load(path)
+    save_file({"x": torch.zeros(1)}, path, metadata={KEY: "[" * 100_000})
     with pytest.raises(ValueError, match="cache"):
         H2OCache.load(path)
     with pytest.raises(FileNotFoundError):

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -57,11 +58,13 @@ def write(path: str | os.PathLike[str], layers: Sequence[H2OLayer]) -> None:
         for i, layer in enumerate(layers)
         for name, tensor in _tensors(layer).items()
     }
-    target = Path(path)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    target = Path(os.path.realpath(path))  # where path is a link, what it points to is replaced
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.{get_ident()}")
     try:
         save_file(tensors, scratch, metadata={_KEY: json.dumps(about)})
         scratch.replace(target)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -82,7 +85,7 @@ def read(path: str | os.PathLike[str]) -> list[H2OLayer]:
         about = json.loads(metadata[_KEY])
         layers = _layers(about)
         _fill(layers, about, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     return layers
 
@@ -192,7 +195,8 @@ def _put(layer: H2OLayer, found: dict[str, Tensor], about: dict[str, Any], evict
         and bool(ranges.all())
         and bool(((positions >= 0) == ((slots <= rows[:, 1:2]) & ~at_free)).all())
         and bool(((free >= 0) & (free <= rows[:, 1])).all())
-        and positions.shape[2] > max(used, default=0)
+        # Where the free slot is the next to be made, as many as are used are there.
+        and bool(((positions >= 0).sum(2) == rows[:, 1]).all())
         and not bool(found["scores"].isnan().any())
     )
     if not agree:

@@ -55,13 +55,14 @@ class Rotary:
 
     def of_ranks(self, ranks: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
         """float32 cos and sin, (*ranks.shape, rotary dim), of ranks, all below num_ranks."""
-        if self._table is None or len(self._table[0]) < num_ranks:
+        table = self._table  # copies of a cache share it, also those in other threads
+        if table is None or len(table[0]) < num_ranks:
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(num_ranks + num_ranks // 4, device=ranks.device)[None]
                 like = torch.empty(0, dtype=torch.float32, device=ranks.device)
                 cos, sin = self._embedding(like, positions)
-                self._table = cos[0], sin[0]
-        return self._table[0][ranks], self._table[1][ranks]
+                table = self._table = cos[0], sin[0]
+        return table[0][ranks], table[1][ranks]
 
     def memory_bytes(self) -> int:
         """Bytes of the table of ranks."""
@@ -69,6 +70,9 @@ class Rotary:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
         return self  # it holds what the model says, nothing of a text
+
+    def __reduce__(self) -> tuple[type[Rotary], tuple[()]]:
+        return Rotary, ()  # a pickled cache finds the model's class again
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
