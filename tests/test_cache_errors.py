@@ -63,12 +63,11 @@ def test_a_model_of_one_layer_is_found_at_the_next_forward() -> None:
 def test_other_models() -> None:
     model = patched()
     cache = small(model)
-    with pytest.raises(ValueError, match=r"2 layers.*layer 2"):
-        prefill(patched(num_hidden_layers=3), cache, tokens(1, 20))
-    cache.reset()
     prefill(model, cache, tokens(2, 20))
     before = copy.deepcopy(cache)
     for other, ids, error, words in (
+        (patched(num_hidden_layers=3), tokens(2, 3), ValueError, "2 layers.*got one of 3"),
+        (patched(num_hidden_layers=1), tokens(2, 1), ValueError, "2 layers.*got one of 1"),
         (patched(num_key_value_heads=4), tokens(2, 1), ValueError, r"\(2, 2, tokens, 8\).*\(2, 4, 1, 8\)"),
         (patched(head_dim=16), tokens(2, 3), ValueError, r"\(2, 2, 3, 16\)"),
         (model, tokens(3, 1), ValueError, r"\(3, 2, 1, 8\).*reset"),
@@ -77,10 +76,18 @@ def test_other_models() -> None:
         with pytest.raises(error, match=words):
             prefill(other, cache, ids)
         assert_same(cache, before)
-    prefill(model, cache, tokens(2, 1))
-    with pytest.raises(RuntimeError, match="fewer layers"):
-        prefill(patched(num_hidden_layers=1), cache, tokens(2, 1))
-        prefill(patched(num_hidden_layers=1), cache, tokens(2, 1))
+    assert torch.equal(prefill(model, cache, tokens(2, 1)), prefill(model, before, tokens(2, 1)))
+
+
+@pytest.mark.parametrize("num_new", [1, 2])
+def test_a_refused_first_forward_leaves_nothing(num_new: int) -> None:
+    """The next may have another batch and dtype."""
+    model = patched()
+    cache = small(model)
+    with pytest.raises(TypeError, match="float64"):
+        prefill(patched().double(), cache, tokens(2, num_new))
+    assert cache.memory_bytes() == 0
+    prefill(model, cache, tokens(1, num_new))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,17 @@ def test_sliding_windows_that_bite(positions: str) -> None:
             prefill(model, cache, tokens(1, 1))
 
 
+def test_a_window_of_a_later_layer_is_refused_by_the_first() -> None:
+    model = patched("Qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+    cache = small(model)
+    prefill(model, cache, tokens(1, 6))
+    with pytest.raises(NotImplementedError, match=r"sliding_window.*11 tokens.*got 8"):
+        prefill(model, cache, tokens(1, 5))
+    assert cache.get_seq_length() == 6
+    prefill(model, cache, tokens(1, 2))
+
+
 def test_gradients() -> None:
     """The forward works, a backward through it raises; scores are detached."""
     model = patched()
@@ -231,6 +249,7 @@ def test_a_forward_that_broke_off(where: str, num_new: int, monkeypatch: pytest.
         lambda: cache.crop(-1),
         lambda: cache.save("never-written"),
         lambda: cache.reorder_cache(torch.tensor([0])),
+        lambda: cache.batch_repeat_interleave(2),
     ):
         with pytest.raises(RuntimeError, match="broke off"):
             use()

@@ -195,6 +195,16 @@ def test_copies_go_on_by_themselves(positions: str) -> None:
     assert kept(twin) != kept(cache)
 
 
+def test_a_cache_that_records_for_crop_keeps_no_graph() -> None:
+    model = patched()
+    cache = H2OCache(model.config, **FULL)
+    cache.activate_past_recording()
+    model(tokens(1, 9), past_key_values=cache)
+    assert not any(tensor.requires_grad for tensor in cache.layers[0].last.prompt)
+    other = copy.deepcopy(cache)
+    assert torch.equal(prefill(model, other, tokens(1, 2)), prefill(model, cache, tokens(1, 2)))
+
+
 def test_rows_are_selected_and_repeated() -> None:
     model, ids = patched(), tokens(3, 20)
     cache = H2OCache(model.config, **SMALL)

@@ -152,6 +152,7 @@ class H2OCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Makes each row of the batch `repeats` rows."""
+        self._check_whole(None)
         for layer in self.layers:
             batch = len(layer.counts.seen)
             select_rows(layer, torch.arange(batch).repeat_interleave(repeats))

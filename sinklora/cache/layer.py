@@ -68,6 +68,7 @@ class H2OLayer(CacheLayerMixin):
     rows: Any  # int32 (B, 4), see csrc/core/h2o.h
 
     rotary: Rotary | None = None  # where positions are ranks
+    num_layers: int | None = None  # of the cache that this layer is one of
     is_compileable = False
     supports_early_init = False  # how many slots are needed shows with the first tokens
 
@@ -241,7 +242,8 @@ class H2OLayer(CacheLayerMixin):
             padding_mask=mask,
             group_reduction=self.settings.group_reduction,
         )
-        self._attended = (query, key, lse) if self.recording else None
+        # Detached: a forward with gradients enabled would keep its graph alive, and could not be copied.
+        self._attended = (query.detach(), key.detach(), lse) if self.recording else None
         return output, scores
 
     # ---- memory ----

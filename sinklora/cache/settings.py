@@ -68,10 +68,15 @@ def make_budgets(heavy: Any, recent: Any, num_sink_tokens: int, num_layers: int)
 
 def make_layers(budgets: Sequence[Budget], settings: Settings) -> list[H2OLayer]:
     """Empty layers."""
+    layers: list[H2OLayer]
     if settings.positions == "original":
-        return [H2OLayer(i, budget, settings) for i, budget in enumerate(budgets)]
-    rotary = Rotary()
-    return [RankedLayer(i, budget, settings, rotary) for i, budget in enumerate(budgets)]
+        layers = [H2OLayer(i, budget, settings) for i, budget in enumerate(budgets)]
+    else:
+        rotary = Rotary()
+        layers = [RankedLayer(i, budget, settings, rotary) for i, budget in enumerate(budgets)]
+    for layer in layers:
+        layer.num_layers = len(layers)
+    return layers
 
 
 def _each(name: str, value: Any, num_layers: int) -> list[Entries]:

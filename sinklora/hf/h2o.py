@@ -42,6 +42,9 @@ def h2o_attention(
                 "past_key_values: an H2OCache is for inference, got a model in training mode; call "
                 "model.eval(), or pass use_cache=False"
             )
+        if layer.index == 0:  # what later layers would refuse, when this one has taken the tokens already
+            _check_layers(layer, module.config)
+            sliding_window = sliding_window or _window_of_later_layers(module.config)
         _refuse(layer, num_new, causal, eval_attention, sliding_window, position_bias, kwargs)
         mask = _mask_of_new(layer, attention_mask, num_new, kwargs)
         new = NewTokens(*aligned(module, query, key, value), mask, scaling)
@@ -55,6 +58,8 @@ def h2o_attention(
     except Exception:
         # Nothing changed: kernels refuse before they write, and a prompt's buffers replace the old.
         layer.unfinished = False
+        if not layer.columns:
+            layer.reset()  # a first token's buffers would hold the next to this batch and dtype
         raise
 
 
@@ -72,6 +77,22 @@ class _ForwardOnly(torch.autograd.Function):
             "pass "
             "use_cache=False"
         )
+
+
+def _check_layers(layer: H2OLayer, config: Any) -> None:
+    """ValueError where the model has more layers than the cache, or fewer."""
+    found = getattr(config, "num_hidden_layers", None)
+    if found is not None and layer.num_layers is not None and found != layer.num_layers:
+        raise ValueError(
+            f"past_key_values: expected a model of {layer.num_layers} layers, as the H2OCache's config says, "
+            f"got one of {found}"
+        )
+
+
+def _window_of_later_layers(config: Any) -> int | None:
+    """The sliding window of a model only some of whose layers have one."""
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return getattr(config, "sliding_window", None) if sliding else None
 
 
 def _refuse(
