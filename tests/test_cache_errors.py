@@ -177,6 +177,24 @@ def test_a_mask_without_the_past_is_refused() -> None:
     prefill(model, cache, tokens(1, 1), attention_mask=torch.ones(1, 21))
 
 
+def test_a_mask_that_hides_taken_tokens_is_refused() -> None:
+    """Scores and slots are of what came; a mask that shows padding again changes nothing."""
+    model, ids = patched(), tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :5] = 0
+    cache = small(model)
+    prefill(model, cache, ids, attention_mask=mask)
+    longer = torch.cat([mask, torch.tensor([[1], [0]])], 1)
+    before, other = copy.deepcopy(cache), longer.clone()
+    other[1, 3] = 0
+    with pytest.raises(NotImplementedError, match=r"attention_mask.*20 in row 1.*keeps 19 of the 20"):
+        prefill(model, cache, ids[:, :1], attention_mask=other)
+    assert_same(cache, before)
+    expected = prefill(model, cache, ids[:, :1], attention_mask=longer)
+    longer[0, :5] = 1
+    assert torch.equal(prefill(model, before, ids[:, :1], attention_mask=longer), expected)
+
+
 @pytest.mark.parametrize("positions", ["original", "cache"])
 def test_sliding_windows_that_bite(positions: str) -> None:
     """By rank a window bites when more are kept, not when the text gets longer."""

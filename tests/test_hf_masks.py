@@ -78,13 +78,13 @@ def test_nothing_dense_over_past_tokens() -> None:
 
 
 def test_what_an_evicting_cache_asks_for() -> None:
-    """Its keys are the new tokens, from kv_offset on."""
+    """Its keys are the new tokens, from kv_offset on; it is told of the past ones too."""
     kept = torch.ones(1, N, dtype=torch.bool)
     given = {"q_length": 4, "kv_length": 4, "q_offset": N - 4, "kv_offset": N - 4}
     assert _mask(**given) is None and _mask(**given, attention_mask=kept) is None
     kept[:, -2:] = False
     found = _mask(**given, attention_mask=kept)
-    assert found is not None and found.tolist() == [[True, True, False, False]]
+    assert found is not None and torch.equal(found, kept)
     with pytest.raises(ValueError, match=r"attention_mask.*12 tokens so far.*\(1, 4\)"):
         _mask(**given, attention_mask=kept[:, -4:])
 

@@ -134,12 +134,7 @@ def _mask_of_new(layer: H2OLayer, mask: Tensor | None, num_new: int, kwargs: dic
     if mask is not None and mask.ndim != 2:
         raise NotImplementedError(_DENSE)
     if mask is not None:
-        if mask.shape[1] != num_new:
-            raise ValueError(
-                f"attention_mask: expected columns for all {layer.columns + num_new} tokens so far, the "
-                f"{num_new} new ones included, got a mask that leaves {mask.shape[1]} for the new ones"
-            )
-        return None if bool(mask.all()) else mask.to(torch.bool)
+        return _last_columns(layer, mask, num_new)
     position_ids: Any = kwargs.get("position_ids")
     told = layer.index == 0 and position_ids is not None and position_ids.ndim == 2
     if told and bool((torch.diff(position_ids, dim=1) <= 0).any()):
@@ -148,6 +143,26 @@ def _mask_of_new(layer: H2OLayer, mask: Tensor | None, num_new: int, kwargs: dic
             "got some that restart (packed rows); pass them as padded rows of a batch"
         )
     return None
+
+
+def _last_columns(layer: H2OLayer, mask: Tensor, num_new: int) -> Tensor | None:
+    """The part of a 2D mask that is of the new tokens, None where all are kept."""
+    if mask.shape[1] != layer.columns + num_new:
+        raise ValueError(
+            f"attention_mask: expected columns for all {layer.columns + num_new} tokens so far, the "
+            f"{num_new} new ones included, got {mask.shape[1]}"
+        )
+    if layer.index == 0 and layer.columns:
+        shown = mask[:, : layer.columns].sum(1).tolist()
+        for row, (number, seen) in enumerate(zip(shown, layer.counts.seen, strict=False)):
+            if number < seen:
+                raise NotImplementedError(
+                    f"attention_mask: an H2OCache cannot hide tokens that it has taken, {seen} in row {row}, "
+                    f"got a mask that keeps {number} of the {layer.columns} past columns; leave their "
+                    "columns as they were, and start anew with cache.reset() to hide some"
+                )
+    new = mask[:, layer.columns :]
+    return None if bool(new.all()) else new.to(torch.bool)
 
 
 def _positions(

@@ -57,6 +57,9 @@ def sinklora_mask(
             return torch.ones(batch_size, n_key, dtype=torch.bool, device=kwargs.get("device"))
         if n_key == q_length and kv_offset == 0:
             return _fit(attention_mask, n_key)
+        if n_key == q_length and kwargs.get("local_size") != 1:
+            # An evicting cache: the past columns too, for it to see that none of its tokens is hidden.
+            kv_offset, n_key, kv_length = 0, kv_offset + n_key, kv_offset + kv_length
         return _fit_past(attention_mask, kv_offset, n_key, may_drop=n_key == kv_length)
     dense: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
