@@ -129,6 +129,17 @@ def test_twenty_times_the_trained_length(dtype: torch.dtype) -> None:
     assert cache.kept_positions(0)[0, 0].tolist() == [0, 1, 2, 3, *range(623, 643)]
 
 
+def test_another_model_after_a_reset() -> None:
+    """Its rotation is undone, not that of the model before."""
+    model = patched()
+    other = patched(rope_parameters={"rope_type": "default", "rope_theta": 50.0})
+    cache, expected = (H2OCache.streaming(each.config, 1, recent=3) for each in (model, other))
+    prefill(model, cache, tokens(1, 20))
+    cache.reset()
+    for turn in (tokens(1, 20), *tokens(1, 5, seed=1).split(1, 1)):
+        assert torch.equal(prefill(other, cache, turn), prefill(other, expected, turn))
+
+
 def test_unrotating_is_exact_for_rounded_cos_and_sin() -> None:
     generator = torch.Generator().manual_seed(0)
     x, angle = torch.randn(2, 4, 7, 16, generator=generator), 100 * torch.rand(7, 8, generator=generator)

@@ -36,6 +36,7 @@ class Rotary:
 
     def __init__(self) -> None:
         self._embedding: Any = None
+        self._config: Any = None  # the embedding is of the model with this one
         self._table: tuple[Tensor, Tensor] | None = None
         self._memo: tuple[weakref.ref[Tensor], torch.dtype, Received] | None = None
 
@@ -43,8 +44,9 @@ class Rotary:
         """What layer `index` of the model, module, rotated tokens at these positions with, in like's
         dtype.
         """
-        if self._embedding is None:
-            self._embedding = _find(module, like.shape[-1])
+        if self._config is not module.config:  # after a reset another model may use the cache
+            self._embedding, self._table, self._memo = _find(module, like.shape[-1]), None, None
+            self._config = module.config
         memo = self._memo
         if index and memo is not None and memo[0]() is positions and memo[1] == like.dtype:
             return memo[2]  # all layers of a forward rotate alike
