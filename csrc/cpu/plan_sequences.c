@@ -5,7 +5,7 @@
 
 bool sl_plan_kept(const struct sl_plan *plan, int64_t b, int64_t n) {
     const struct sl_tensor *mask = &plan->args->padding_mask;
-    return !sl_tensor_given(mask) || ((const uint8_t *)mask->data)[b * mask->stride[0] + n * mask->stride[1]];
+    return !sl_tensor_given(mask) || sl_mask_at(mask, b, n);
 }
 
 // Does a sequence start at token n of batch row b, by position_ids?

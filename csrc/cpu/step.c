@@ -16,7 +16,7 @@ struct sl_step sl_step_read(const struct sl_h2o_decode_args *args, int64_t b) {
     step.seen = sl_max(0, sl_min(row[SL_ROW_SEEN], INT32_MAX - 1));
     step.budget = row[SL_ROW_BUDGET];
     step.recent = sl_max(1, row[SL_ROW_RECENT]);
-    step.kept = !sl_tensor_given(mask) || ((const bool *)mask->data)[b * mask->stride[0]];
+    step.kept = !sl_tensor_given(mask) || sl_mask_at(mask, b, 0);
     return step;
 }
 
