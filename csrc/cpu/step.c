@@ -20,11 +20,6 @@ struct sl_step sl_step_read(const struct sl_h2o_decode_args *args, int64_t b) {
     return step;
 }
 
-static char *row_of(const struct sl_tensor *t, int64_t b, int64_t hk, int64_t slot) {
-    return (char *)t->data +
-           (b * t->stride[0] + hk * t->stride[1] + slot * t->stride[2]) * sl_dtype_size(t->dtype);
-}
-
 static int64_t clamp_slot(int32_t slot, int64_t used) {
     return sl_max(0, sl_min(slot, used));
 }
@@ -38,8 +33,8 @@ void sl_step_place(const struct sl_h2o_decode_args *args, int64_t b) {
         int32_t *free_slot = (int32_t *)args->free_slot.data + head;
         const int64_t slot = clamp_slot(*free_slot, step.used);
         *free_slot = (int32_t)slot;
-        memcpy(row_of(&args->key, b, hk, slot), row_of(&args->new_key, b, hk, 0), bytes);
-        memcpy(row_of(&args->value, b, hk, slot), row_of(&args->new_value, b, hk, 0), bytes);
+        memcpy(sl_tensor_row(&args->key, b, hk, slot), sl_tensor_row(&args->new_key, b, hk, 0), bytes);
+        memcpy(sl_tensor_row(&args->value, b, hk, slot), sl_tensor_row(&args->new_value, b, hk, 0), bytes);
         ((int32_t *)args->positions.data)[head * n_key + slot] = (int32_t)step.seen;
         ((float *)args->scores.data)[head * n_key + slot] = 0.0f;
     }
