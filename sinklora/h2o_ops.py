@@ -39,6 +39,14 @@ def check_rank(name: str, array: Any) -> None:
         )
 
 
+def check_count(name: str, number: object) -> None:
+    """TypeError unless an integer, ValueError unless at least 0."""
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {type(number)!r}")
+    if not 0 <= number < 2**63:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected an integer from 0 to 2^63 - 1, got {number}")
+
+
 def causal_attention(
     query: _Array,
     key: _Array,
@@ -144,6 +152,7 @@ def select(
         then unchanged.
     """
     check_rank("key", key)
+    check_count("capacity", capacity)
     batch, heads, _, dim = key.shape
     kept = (
         np.empty((batch, heads, capacity, dim), dtype=key.dtype),

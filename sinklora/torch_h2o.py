@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .h2o_ops import check_count
 from .ops import check_scale
 from .scores import check_group_reduction, check_score_window
 from .torch_h2o_ops import TENSORS, causal_op, decode_op, no_gradient_op, scores_op, select_op
@@ -93,19 +94,18 @@ def h2o_decode(
 
     Where an input requires grad the output does too, and a backward through it raises a RuntimeError.
     """
-    args = (
-        *(query, new_key, new_value, key, value, scores, positions, free_slot, rows),
-        *(new_mask, num_sinks, mean, _scale(query, scale)),
-    )
-    # Called for every layer and token: the kinds are looked at only where the operator has refused them.
+    tensors = (query, new_key, new_value, key, value, scores, positions, free_slot, rows)
+    # Called for every layer and token: the kinds are looked at only where something has refused them.
     try:
+        args = (*tensors, new_mask, num_sinks, mean, _scale(query, scale))
         if not _needs_graph(query, new_key, new_value):
             return decode_op(*args)
         with torch.no_grad():
             output = decode_op(*args)
-    except RuntimeError:
-        _check_kinds(**dict(zip(TENSORS["h2o_decode"][:9], args[:9], strict=True)))
+    except (AttributeError, RuntimeError):
+        _check_kinds(**dict(zip(TENSORS["h2o_decode"][:9], tensors, strict=True)))
         _check_optional_kinds(new_mask=new_mask)
+        check_count("num_sinks", num_sinks)
         raise
     return _forward_only(output, query, new_key, new_value)
 
@@ -122,6 +122,8 @@ def h2o_select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``h2o_ops.select`` for torch tensors: new key, value, scores, positions; ``rows`` is written."""
     _check_kinds(key=key, value=value, scores=scores, positions=positions, rows=rows)
+    check_count("num_sinks", num_sinks)
+    check_count("capacity", capacity)
     return select_op(key.detach(), value.detach(), scores, positions, rows, num_sinks, capacity)
 
 

@@ -136,9 +136,13 @@ BAD_STEPS: list[tuple[str, Any, type[Exception]]] = [
     ("query", lambda x: x.repeat(1, 1, 2, 1), ValueError),
     ("query", lambda x: x.double(), TypeError),
     ("query", lambda x: x[:, :3], ValueError),
+    ("query", lambda x: x.numpy(), TypeError),
+    ("query", lambda x: None, TypeError),
     ("new_key", lambda x: x.half(), TypeError),
+    ("new_key", lambda x: x.tolist(), TypeError),
     ("new_key", lambda x: x[:1], ValueError),
     ("new_value", lambda x: x[..., :8], ValueError),
+    ("new_value", lambda x: None, TypeError),
     ("key", lambda x: x[..., :8], ValueError),
     ("key", lambda x: x.bfloat16(), TypeError),
     ("value", lambda x: x[:, :, :7], ValueError),
@@ -157,6 +161,8 @@ BAD_STEPS: list[tuple[str, Any, type[Exception]]] = [
     ("new_mask", lambda x: torch.ones(2, 2, dtype=torch.bool), ValueError),
     ("new_mask", lambda x: torch.ones(2, 1), TypeError),
     ("num_sinks", lambda x: -1, ValueError),
+    ("num_sinks", lambda x: 2**63, ValueError),
+    ("num_sinks", lambda x: 1.5, TypeError),
     ("scale", lambda x: float("inf"), ValueError),
     ("scale", lambda x: "1", TypeError),
 ]
@@ -188,6 +194,14 @@ def test_a_refused_selection_changes_nothing(torch_rng: torch.Generator) -> None
         torch_h2o.h2o_select(**{**buffers, "scores": buffers["scores"][:, :, :7]}, num_sinks=0, capacity=5)
     with pytest.raises(TypeError, match="positions: expected a torch tensor"):
         torch_h2o.h2o_select(**{**buffers, "positions": None}, num_sinks=0, capacity=5)  # type: ignore[arg-type]
+    arrays = {name: x.numpy() for name, x in buffers.items()}
+    for bad, error in ((-1, ValueError), (2**63, ValueError), (5.0, TypeError), (None, TypeError)):
+        with pytest.raises(error, match="capacity"):
+            torch_h2o.h2o_select(**buffers, num_sinks=0, capacity=bad)  # type: ignore[arg-type]
+        with pytest.raises(error, match="capacity"):
+            h2o_ops.select(**arrays, num_sinks=0, capacity=bad)  # type: ignore[arg-type]
+        with pytest.raises(error, match="num_sinks"):
+            torch_h2o.h2o_select(**buffers, num_sinks=bad, capacity=5)  # type: ignore[arg-type]
     assert_unchanged(buffers, before)
 
 

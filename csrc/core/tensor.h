@@ -36,4 +36,16 @@ static inline int64_t sl_tensor_count(const struct sl_tensor *tensor) {
     return count;
 }
 
+// Row [b, h, n] of a tensor of heads, [n_batch, heads, tokens or slots, d_head].
+static inline char *sl_tensor_row(const struct sl_tensor *t, int64_t b, int64_t h, int64_t n) {
+    return (char *)t->data +
+           (b * t->stride[0] + h * t->stride[1] + n * t->stride[2]) * sl_dtype_size(t->dtype);
+}
+
+// Element [b, n] of a mask. Any byte but 0 is true: NumPy and torch keep other bytes than 0 and 1 where bytes
+// are viewed as bool, and C's bool must not be read from those.
+static inline bool sl_mask_at(const struct sl_tensor *mask, int64_t b, int64_t n) {
+    return ((const uint8_t *)mask->data)[b * mask->stride[0] + n * mask->stride[1]] != 0;
+}
+
 #endif

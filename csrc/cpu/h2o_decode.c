@@ -125,14 +125,9 @@ static int plan(struct decode *d, const struct sl_h2o_decode_args *args, int n_t
     return n_thread;
 }
 
-static char *row_of(const struct sl_tensor *t, int64_t b, int64_t h, int64_t n) {
-    return (char *)t->data +
-           (b * t->stride[0] + h * t->stride[1] + n * t->stride[2]) * sl_dtype_size(t->dtype);
-}
-
 static struct sl_slots slots_of(const struct sl_tensor *t, int64_t b, int64_t hk, const struct sl_live *live,
                                 int64_t x) {
-    struct sl_slots slots = {row_of(t, b, hk, live->index ? 0 : live->first + x),
+    struct sl_slots slots = {sl_tensor_row(t, b, hk, live->index ? 0 : live->first + x),
                              t->stride[2] * sl_dtype_size(t->dtype), NULL, live->n - x, t->dtype};
     slots.index = live->index ? live->index + x : NULL;
     return slots;
@@ -140,7 +135,7 @@ static struct sl_slots slots_of(const struct sl_tensor *t, int64_t b, int64_t hk
 
 static void pack_queries(const struct decode *d, int64_t b, int64_t hk, sl_word *out) {
     for (int64_t r = 0; r < d->n_row; r++) {
-        const char *row = row_of(&d->args->query, b, hk * d->ratio + r / d->n_query, r % d->n_query);
+        const char *row = sl_tensor_row(&d->args->query, b, hk * d->ratio + r / d->n_query, r % d->n_query);
         d->kernels->decode_query(d->args->query.dtype, row, d->d_head, d->args->scale < 0.0,
                                  out + r * d->n_word);
     }
@@ -209,7 +204,7 @@ static void finish_head(const struct decode *d, int64_t b, int64_t hk, const str
         const int64_t h = hk * d->ratio + r / d->n_query, i = r % d->n_query;
         const int64_t n = div_up(live->n_visible[i], CHUNK);
         float *factor = head->max + r * d->n_chunk, lse = -INFINITY;
-        char *out = row_of(&a->output, b, h, i);
+        char *out = sl_tensor_row(&a->output, b, h, i);
         if (n > 0) {
             lse = weigh_parts(factor, head->sum + r * d->n_chunk, n);
             d->kernels->decode_output(head->parts + r * d->n_chunk * d->n_column, d->n_column, factor, n,

@@ -5,10 +5,6 @@
 
 #include <string.h>
 
-static bool mask_at(const struct sl_tensor *mask, int64_t b, int64_t i) {
-    return ((const bool *)mask->data)[b * mask->stride[0] + i * mask->stride[1]];
-}
-
 // One past the last column that query i may see.
 static int64_t visible_end(const struct sl_h2o_decode_args *args, int64_t i) {
     const int64_t n_key = args->key.shape[2], q = n_key - args->query.shape[2] + i;
@@ -24,7 +20,7 @@ static void fill_masked(struct sl_live *live, const struct sl_h2o_decode_args *a
     const struct sl_tensor *mask = &args->padding_mask;
     const int64_t n_key = args->key.shape[2], n_query = args->query.shape[2];
     for (int64_t k = 0; k < n_key; k++) {
-        if (mask_at(mask, b, k)) {
+        if (sl_mask_at(mask, b, k)) {
             index[live->n++] = (int32_t)k;
         }
     }
@@ -35,7 +31,7 @@ static void fill_masked(struct sl_live *live, const struct sl_h2o_decode_args *a
         while (n_visible > 0 && index[n_visible - 1] >= visible_end(args, i)) {
             n_visible--;
         }
-        live->n_visible[i] = mask_at(mask, b, n_key - n_query + i) ? n_visible : 0;
+        live->n_visible[i] = sl_mask_at(mask, b, n_key - n_query + i) ? n_visible : 0;
     }
 }
 

@@ -5,7 +5,7 @@
 
 bool sl_plan_kept(const struct sl_plan *plan, int64_t b, int64_t n) {
     const struct sl_tensor *mask = &plan->args->padding_mask;
-    return !sl_tensor_given(mask) || ((const uint8_t *)mask->data)[b * mask->stride[0] + n * mask->stride[1]];
+    return !sl_tensor_given(mask) || sl_mask_at(mask, b, n);
 }
 
 // Does a sequence start at token n of batch row b, by position_ids?
@@ -149,8 +149,7 @@ void sl_plan_zero_padding(const struct sl_plan *plan, const struct sl_tensor *t)
     for (int64_t b = 0; b < t->shape[0]; b++) {
         for (int64_t n = 0; n < t->shape[2]; n++) {
             for (int64_t h = 0; !sl_plan_kept(plan, b, past + n) && h < t->shape[1]; h++) {
-                memset((char *)t->data + (b * t->stride[0] + h * t->stride[1] + n * t->stride[2]) * size, 0,
-                       (size_t)(t->shape[3] * size));
+                memset(sl_tensor_row(t, b, h, n), 0, (size_t)(t->shape[3] * size));
             }
         }
     }

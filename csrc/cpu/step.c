@@ -16,13 +16,12 @@ struct sl_step sl_step_read(const struct sl_h2o_decode_args *args, int64_t b) {
     step.seen = sl_max(0, sl_min(row[SL_ROW_SEEN], INT32_MAX - 1));
     step.budget = row[SL_ROW_BUDGET];
     step.recent = sl_max(1, row[SL_ROW_RECENT]);
-    step.kept = !sl_tensor_given(mask) || ((const bool *)mask->data)[b * mask->stride[0]];
+    step.kept = !sl_tensor_given(mask) || sl_mask_at(mask, b, 0);
     return step;
 }
 
-static char *row_of(const struct sl_tensor *t, int64_t b, int64_t hk, int64_t slot) {
-    return (char *)t->data +
-           (b * t->stride[0] + hk * t->stride[1] + slot * t->stride[2]) * sl_dtype_size(t->dtype);
+static int64_t clamp_slot(int32_t slot, int64_t used) {
+    return sl_max(0, sl_min(slot, used));
 }
 
 void sl_step_place(const struct sl_h2o_decode_args *args, int64_t b) {
@@ -32,11 +31,12 @@ void sl_step_place(const struct sl_h2o_decode_args *args, int64_t b) {
     for (int64_t hk = 0; step.kept && hk < n_head_kv; hk++) {
         const int64_t head = b * n_head_kv + hk;
         int32_t *free_slot = (int32_t *)args->free_slot.data + head;
-        *free_slot = (int32_t)sl_max(0, sl_min(*free_slot, step.used));
-        memcpy(row_of(&args->key, b, hk, *free_slot), row_of(&args->new_key, b, hk, 0), bytes);
-        memcpy(row_of(&args->value, b, hk, *free_slot), row_of(&args->new_value, b, hk, 0), bytes);
-        ((int32_t *)args->positions.data)[head * n_key + *free_slot] = (int32_t)step.seen;
-        ((float *)args->scores.data)[head * n_key + *free_slot] = 0.0f;
+        const int64_t slot = clamp_slot(*free_slot, step.used);
+        *free_slot = (int32_t)slot;
+        memcpy(sl_tensor_row(&args->key, b, hk, slot), sl_tensor_row(&args->new_key, b, hk, 0), bytes);
+        memcpy(sl_tensor_row(&args->value, b, hk, slot), sl_tensor_row(&args->new_value, b, hk, 0), bytes);
+        ((int32_t *)args->positions.data)[head * n_key + slot] = (int32_t)step.seen;
+        ((float *)args->scores.data)[head * n_key + slot] = 0.0f;
     }
 }
 
@@ -56,10 +56,12 @@ void sl_step_evict(const struct sl_h2o_decode_args *args, const struct sl_cpu_ke
     }
     const int32_t lowest = (int32_t)sl_min(args->n_sink, INT32_MAX);
     const int32_t highest = (int32_t)sl_max(-1, step.seen - step.recent);
-    const int64_t slot = kernels->decode_evict(scores, positions, step.used + 1, lowest, highest);
-    *free_slot = slot >= 0 ? (int32_t)slot : *free_slot;
-    positions[*free_slot] = -1;
-    scores[*free_slot] = 0.0f;
+    const int64_t found = kernels->decode_evict(scores, positions, step.used + 1, lowest, highest);
+    // Clamped again: another thread may have written to free_slot since the token was placed.
+    const int64_t slot = found >= 0 ? found : clamp_slot(*free_slot, step.used);
+    *free_slot = (int32_t)slot;
+    positions[slot] = -1;
+    scores[slot] = 0.0f;
 }
 
 void sl_step_count(const struct sl_h2o_decode_args *args, int64_t b) {

@@ -17,7 +17,7 @@ struct problem {
     int64_t n_batch, n_head, n_head_kv, n_query, n_key, d_head;
     struct array query, key, value, output, new_key, new_value;
     float *lse, *scores;
-    bool *mask, *new_mask;
+    uint8_t *mask, *new_mask; // any byte but 0 is true
     int32_t *positions, *free_slot, *rows;
     struct sl_h2o_decode_args args;
 };
@@ -68,8 +68,9 @@ static void problem_make(struct problem *p, int number, enum sl_dtype dtype) {
     const int64_t shape[4] = {p->n_batch, p->n_head, p->n_query, p->d_head}, n = p->n_batch * p->n_key;
     p->mask = block(n, sizeof *p->mask);
     for (int64_t i = 0; i < n; i++) {
-        p->mask[i] =
+        const bool kept =
             number % 2 == 0 || (number % 4 == 1 ? i % p->n_key > p->n_key / 3 : random_below(4) != 0);
+        p->mask[i] = (uint8_t)(kept ? 1 + random_below(255) : 0);
     }
     p->query = random_input(p, dtype, p->n_head, p->n_query, true);
     p->key = random_input(p, dtype, p->n_head_kv, p->n_key, true);
@@ -352,7 +353,7 @@ static void test_steps(int number, enum sl_dtype dtype) {
         randomize(&p.new_key);
         randomize(&p.new_value);
         for (int64_t b = 0; b < p.n_batch; b++) {
-            p.new_mask[b] = random_below(6) != 0;
+            p.new_mask[b] = (uint8_t)(random_below(6) ? 1 + random_below(255) : 0);
         }
         for (int64_t i = 0; i < p.n_batch * p.n_head_kv; i++) {
             was[i] = remember(&p, i / p.n_head_kv, i % p.n_head_kv);
