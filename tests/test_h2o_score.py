@@ -216,3 +216,10 @@ def test_bad_arguments(torch_rng: torch.Generator) -> None:
     refused(TypeError, "lse: expected an array, got None", lse=None)
     refused(ValueError, r"padding_mask: expected shape \(1, 9\)", mask=torch.ones(1, 5, dtype=torch.bool))
     refused(TypeError, "key: expected dtype float32", key=key.half())
+
+
+def test_no_probability_exceeds_one(cpu_level: str, torch_rng: torch.Generator) -> None:
+    query, key, _ = inputs((1, 2, 1, 60, 60, 8), torch.float32, torch_rng)
+    _, lse = causal(query, key, None, scale=1e30)
+    got = score(query, key, lse, scale=1e30)
+    assert got.isfinite().all() and got.max() <= 120
