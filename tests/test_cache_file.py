@@ -96,6 +96,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
 
 
+def test_saving_in_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        _used(patched()).save(tmp_path / "missing" / "cache")
+
+
 def test_models_of_another_shape(tmp_path: Path) -> None:
     model, path = patched(), tmp_path / "cache"
     _used(model).save(path)
