@@ -69,8 +69,8 @@ class CacheResults:
         recent = [row.perplexity for row in self.rows if row.method == "recent only"]
         if min(recent) < recent[0]:
             found.append(
-                "Some recent tokens alone predict better than the whole text: this small model makes no good use "
-                "of what is far away, so keeping some of it, heavy or not, does not pay here."
+                "Some recent tokens alone predict better than the whole text: this small model makes no good "
+                "use of what is far away, so keeping some of it, heavy or not, does not pay here."
             )
         for name, points in self.streams.items():
             values = list(points.values())
