@@ -115,7 +115,7 @@ def test_where_a_cache_is_saved(tmp_path: Path) -> None:
     cache.save(link)
     assert link.is_symlink()
     assert_same(H2OCache.load(tmp_path / "cache"), cache)
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(OSError, match="No such f"):
         cache.save(tmp_path / "none" / "cache")
     with pytest.raises(OSError, match="directory"):
         cache.save(tmp_path)
@@ -129,6 +129,11 @@ def test_a_pickled_cache_goes_on(positions: str) -> None:
     found = pickle.loads(pickle.dumps(cache))
     assert torch.equal(prefill(model, found, tokens(2, 2)), prefill(model, cache, tokens(2, 2)))
     assert_same(found, cache)
+
+
+def test_saving_in_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        _used(patched()).save(tmp_path / "missing" / "cache")
 
 
 def test_models_of_another_shape(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import random
@@ -228,3 +229,18 @@ def test_demo_is_the_same_again_with_the_same_seed(tiny_run: tuple[Results, Path
     assert again.losses == results.losses
     assert again.rows()[-1].perplexities == results.rows()[-1].perplexities
     assert again.sample == results.sample
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_sample_says_where_the_model_begins(terminal: bool) -> None:
+    from rich.console import Console
+
+    from sinklora.commands.demo import show_sample
+
+    file = io.StringIO()
+    color = "standard" if terminal else None
+    console = Console(file=file, force_terminal=terminal, color_system=color, width=110)
+    show_sample("a prompt", " and more", console)
+    shown = file.getvalue()
+    assert ("its text dim" in shown) == ("\x1b[2ma prompt" in shown) == terminal
+    assert ("a prompt\n===== continued =====\n and more" in shown) == (not terminal)

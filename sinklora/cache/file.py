@@ -7,6 +7,7 @@ kernels would read as counts or positions is checked first.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ def write(path: str | os.PathLike[str], layers: Sequence[H2OLayer]) -> None:
         for name, tensor in _tensors(layer).items()
     }
     target = Path(os.path.realpath(path))  # where path is a link, what it points to is replaced
+    if not target.parent.is_dir():  # safetensors would raise an error of its own, which is no OSError
+        raise FileNotFoundError(errno.ENOENT, "No such folder to save the cache in", str(target.parent))
     scratch = target.with_name(f".{target.name}.{os.getpid()}.{get_ident()}")
     try:
         save_file(tensors, scratch, metadata={_KEY: json.dumps(about)})

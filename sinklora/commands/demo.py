@@ -27,7 +27,8 @@ def _changed_by_quick(name: str) -> str:
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A minute instead of four; the numbers then say little.")
+        bool,
+        typer.Option("--quick", help="A minute or two; the numbers then say little."),
     ] = False,
     seed: Annotated[
         int, typer.Option(help="Of the file split, the start model and the order of the data.")
@@ -188,5 +189,15 @@ def show(results: Results, console: Console) -> None:
         show_caches(results.caches, console)
     prompt, continuation = results.sample
     if continuation:
-        console.print("\nThe SF-Attn model goes on with a held-out file (its text dim):")
-        console.print(Text(prompt, style="dim") + Text(continuation))
+        show_sample(prompt, continuation, console)
+
+
+def show_sample(prompt: str, continuation: str, console: Console) -> None:
+    """A held-out file's text, and what the model wrote behind it."""
+    from rich.text import Text
+
+    # A log shows nothing dim: there a line says where the model begins to write.
+    dim = console.is_terminal and console.color_system is not None
+    console.print("\nThe SF-Attn model goes on with a held-out file" + (" (its text dim):" if dim else ":"))
+    joint = "" if dim else "\n===== continued =====\n"
+    console.print(Text(prompt, style="dim") + Text(joint + continuation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -151,6 +152,8 @@ class ChatSession:
             text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         else:
             text = "\n".join(f"{m['role']}: {m['content'].strip()}\n" for m in self.dialogue.messages)
+        if not path.parent.is_dir():  # not an error about the name of the partial file
+            raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
         partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
             partial.write_text(text, encoding="utf-8")

@@ -70,7 +70,7 @@ class ChatCommands:
     def do_budget(self, arguments: list[str]) -> list[str]:
         """/budget HEAVY RECENT [SINKS] - another size of the cache (integers: entries; 0.1: a share)"""
         if not 2 <= len(arguments) <= 3:
-            raise ValueError(f"/budget: expected HEAVY RECENT [SINKS], got {len(arguments)} values")
+            raise ValueError(f"/budget: expected HEAVY RECENT [SINKS], got {' '.join(arguments) or 'none'}")
         names = ("HEAVY", "RECENT", "SINKS")
         amounts = {}
         for name, text in zip(names, arguments, strict=False):
