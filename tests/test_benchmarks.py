@@ -137,8 +137,8 @@ def test_peak_memory_sees_what_was_freed_again(load) -> None:
         torch.ones(16 * MIB // 4)
 
     peak = memory.peak_extra_bytes(call)
-    # A block kept by the allocator from before may serve part of it here; measure() starts a fresh process.
-    assert 56 * MIB < peak < 80 * MIB
+    # The allocator may keep a block from before, or the first of these; measure() starts a fresh process.
+    assert 56 * MIB < peak < 88 * MIB
     case = load("shapes").Case.parse("float32", "4/4/4096/64/1024")
     peak = memory.measure("s2_parts", "float32", "4/4/4096/64/1024", "forward", 1)
     assert case.output_bytes() < peak < 40 * MIB

@@ -79,7 +79,7 @@ def test_the_lse_may_be_given(torch_rng: torch.Generator) -> None:
     strided = torch.stack([lse, lse], -1)[..., 0]
     assert_same_bits(attention_scores(query, key, strided, padding_mask=mask), scores)
     # It is used: another one gives other scores.
-    assert_close(attention_scores(query, key, lse - 1, padding_mask=mask), scores * np.e, 1e-4)
+    assert_close(attention_scores(query, key, lse + 1, padding_mask=mask), scores / np.e, 1e-4)
 
 
 def test_padding_has_no_effect(torch_rng: torch.Generator) -> None:
