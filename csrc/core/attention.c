@@ -68,12 +68,9 @@ static enum sl_status check_sequences(const struct sl_attention_args *a, struct 
     if (sl_tensor_given(&a->cu_seqlens)) {
         return check_cu_seqlens(a, err);
     }
-    const int64_t n_batch = a->query.shape[0];
-    int64_t shape[2] = {n_batch, a->key.shape[2]};
+    int64_t shape[2] = {a->query.shape[0], a->key.shape[2]};
     if (sl_tensor_given(&a->padding_mask)) {
-        SL_TRY(sl_check_dtype("padding_mask", &a->padding_mask, SL_BOOL, err));
-        SL_TRY(sl_check_shape("padding_mask", &a->padding_mask, 2, shape, err));
-        return sl_check_memory("padding_mask", &a->padding_mask, &a->query, false, false, err);
+        return sl_check_mask("padding_mask", &a->padding_mask, shape[0], shape[1], &a->query, err);
     }
     if (sl_tensor_given(&a->position_ids)) {
         if (a->position_ids.n_dim == 2 && a->position_ids.shape[0] == 1) {
@@ -88,16 +85,11 @@ static enum sl_status check_sequences(const struct sl_attention_args *a, struct 
 
 static enum sl_status check_settings(const struct sl_attention_args *a, struct sl_error *err) {
     SL_TRY(sl_pattern_check(&a->pattern, err));
-    if (!isfinite(a->scale) || !isfinite((float)a->scale)) {
-        return sl_error_set(err, SL_INVALID, "scale: expected a finite float32 number, got %g", a->scale);
-    }
-    return SL_OK;
+    return sl_check_scale(a->scale, err);
 }
 
 static enum sl_status check_lse(const struct sl_attention_args *a, bool written, struct sl_error *err) {
-    SL_TRY(sl_check_dtype("lse", &a->lse, SL_F32, err));
-    SL_TRY(sl_check_shape("lse", &a->lse, 3, a->query.shape, err));
-    return sl_check_dense("lse", &a->lse, &a->query, written, err);
+    return sl_check_array("lse", &a->lse, SL_F32, 3, a->query.shape, &a->query, written, err);
 }
 
 enum sl_status sl_attention_forward_check(const struct sl_attention_args *a, struct sl_error *err) {

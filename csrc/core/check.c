@@ -1,5 +1,6 @@
 #include "check.h"
 
+#include <math.h>
 #include <stdio.h>
 
 const char *sl_shape_text(const struct sl_tensor *t, char text[SL_SHAPE_TEXT]) {
@@ -82,6 +83,29 @@ enum sl_status sl_check_dense(const char *name, const struct sl_tensor *t, const
                                 (long long)t->stride[i], (int)i);
         }
         dense *= t->shape[i];
+    }
+    return SL_OK;
+}
+
+enum sl_status sl_check_array(const char *name, const struct sl_tensor *t, enum sl_dtype dtype, int32_t n_dim,
+                              const int64_t *shape, const struct sl_tensor *query, bool written,
+                              struct sl_error *err) {
+    SL_TRY(sl_check_dtype(name, t, dtype, err));
+    SL_TRY(sl_check_shape(name, t, n_dim, shape, err));
+    return sl_check_dense(name, t, query, written, err);
+}
+
+enum sl_status sl_check_mask(const char *name, const struct sl_tensor *t, int64_t n_batch, int64_t n_token,
+                             const struct sl_tensor *query, struct sl_error *err) {
+    const int64_t shape[2] = {n_batch, n_token};
+    SL_TRY(sl_check_dtype(name, t, SL_BOOL, err));
+    SL_TRY(sl_check_shape(name, t, 2, shape, err));
+    return sl_check_memory(name, t, query, false, false, err);
+}
+
+enum sl_status sl_check_scale(double scale, struct sl_error *err) {
+    if (!isfinite(scale) || !isfinite((float)scale)) {
+        return sl_error_set(err, SL_INVALID, "scale: expected a finite float32 number, got %g", scale);
     }
     return SL_OK;
 }

@@ -29,6 +29,18 @@ enum sl_status sl_check_like(const char *name, const struct sl_tensor *t, const 
 enum sl_status sl_check_dense(const char *name, const struct sl_tensor *t, const struct sl_tensor *query,
                               bool written, struct sl_error *err) SL_MUST_CHECK;
 
+// dtype, shape and contiguous memory of an array that stands beside the queries or keys.
+enum sl_status sl_check_array(const char *name, const struct sl_tensor *t, enum sl_dtype dtype, int32_t n_dim,
+                              const int64_t *shape, const struct sl_tensor *query, bool written,
+                              struct sl_error *err) SL_MUST_CHECK;
+
+// A bool mask [n_batch, n_token], of any strides.
+enum sl_status sl_check_mask(const char *name, const struct sl_tensor *t, int64_t n_batch, int64_t n_token,
+                             const struct sl_tensor *query, struct sl_error *err) SL_MUST_CHECK;
+
+// What multiplies query . key.
+enum sl_status sl_check_scale(double scale, struct sl_error *err) SL_MUST_CHECK;
+
 // What a query [n_batch, n_head, n_query, d_head] and a key [n_batch, n_head_kv, n_key, d_head] must satisfy
 // for every operation; how many tokens each has is the operation's own check.
 enum sl_status sl_check_query_key(const struct sl_tensor *query, const struct sl_tensor *key,

@@ -4,15 +4,6 @@
 
 #include "h2o.h"
 
-// dtype, shape and contiguous memory of an array that stands beside the keys.
-static inline enum sl_status sl_check_array(const char *name, const struct sl_tensor *t, enum sl_dtype dtype,
-                                            int32_t n_dim, const int64_t *shape, const struct sl_tensor *like,
-                                            bool written, struct sl_error *err) {
-    SL_TRY(sl_check_dtype(name, t, dtype, err));
-    SL_TRY(sl_check_shape(name, t, n_dim, shape, err));
-    return sl_check_dense(name, t, like, written, err);
-}
-
 static inline enum sl_status sl_check_rows(const struct sl_tensor *rows, const struct sl_tensor *like,
                                            struct sl_error *err) {
     const int64_t shape[2] = {like->shape[0], SL_ROW_FIELDS};

@@ -3,8 +3,6 @@
 #include "check.h"
 #include "h2o_check.h"
 
-#include <math.h>
-
 static enum sl_status check_attention(const struct sl_h2o_decode_args *a, struct sl_error *err) {
     SL_TRY(sl_check_query_key(&a->query, &a->key, err));
     const int64_t *q = a->query.shape, *k = a->key.shape;
@@ -23,10 +21,7 @@ static enum sl_status check_attention(const struct sl_h2o_decode_args *a, struct
         SL_TRY(sl_check_array("lse", &a->lse, SL_F32, 3, q, &a->query, true, err));
     }
     if (sl_tensor_given(&a->padding_mask)) {
-        const int64_t shape[2] = {k[0], k[2]};
-        SL_TRY(sl_check_dtype("padding_mask", &a->padding_mask, SL_BOOL, err));
-        SL_TRY(sl_check_shape("padding_mask", &a->padding_mask, 2, shape, err));
-        SL_TRY(sl_check_memory("padding_mask", &a->padding_mask, &a->query, false, false, err));
+        SL_TRY(sl_check_mask("padding_mask", &a->padding_mask, k[0], k[2], &a->query, err));
     }
     if (sl_tensor_given(&a->scores)) {
         SL_TRY(sl_check_array("scores", &a->scores, SL_F32, 3, k, &a->query, true, err));
@@ -58,7 +53,7 @@ static enum sl_status check_step_given(const struct sl_h2o_decode_args *a, bool 
 
 static enum sl_status check_step(const struct sl_h2o_decode_args *a, struct sl_error *err) {
     const int64_t *q = a->query.shape, *k = a->key.shape;
-    const int64_t new_shape[4] = {k[0], k[1], 1, k[3]}, mask_shape[2] = {k[0], 1};
+    const int64_t new_shape[4] = {k[0], k[1], 1, k[3]};
     if (q[2] != 1) {
         return sl_error_set(err, SL_INVALID, "query: expected one token, as new_key is given, got %lld",
                             (long long)q[2]);
@@ -74,9 +69,7 @@ static enum sl_status check_step(const struct sl_h2o_decode_args *a, struct sl_e
     SL_TRY(sl_check_memory("new_key", &a->new_key, &a->query, true, false, err));
     SL_TRY(sl_check_like("new_value", &a->new_value, &a->new_key, false, err));
     if (sl_tensor_given(&a->new_mask)) {
-        SL_TRY(sl_check_dtype("new_mask", &a->new_mask, SL_BOOL, err));
-        SL_TRY(sl_check_shape("new_mask", &a->new_mask, 2, mask_shape, err));
-        SL_TRY(sl_check_memory("new_mask", &a->new_mask, &a->query, false, false, err));
+        SL_TRY(sl_check_mask("new_mask", &a->new_mask, k[0], 1, &a->query, err));
     }
     SL_TRY(sl_check_array("positions", &a->positions, SL_I32, 3, k, &a->query, true, err));
     SL_TRY(sl_check_array("free_slot", &a->free_slot, SL_I32, 2, k, &a->query, true, err));
@@ -94,10 +87,7 @@ enum sl_status sl_h2o_decode_check(const struct sl_h2o_decode_args *a, struct sl
         return sl_error_set(err, SL_INVALID, "window: expected at least 0, got %lld", (long long)a->window);
     }
     SL_TRY(sl_check_sinks(a->n_sink, err));
-    if (!isfinite(a->scale) || !isfinite((float)a->scale)) {
-        return sl_error_set(err, SL_INVALID, "scale: expected a finite float32 number, got %g", a->scale);
-    }
-    return SL_OK;
+    return sl_check_scale(a->scale, err);
 }
 
 // One device so far: the check refuses every other.

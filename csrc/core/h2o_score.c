@@ -1,32 +1,20 @@
 #include "h2o.h"
 
-#include <math.h>
-
 static enum sl_status check_sizes(const struct sl_h2o_score_args *a, struct sl_error *err) {
     const int64_t *q = a->query.shape, *k = a->key.shape;
     if (k[2] < q[2]) {
         return sl_error_set(err, SL_INVALID, "key: expected at least the query's %lld tokens, got %lld",
                             (long long)q[2], (long long)k[2]);
     }
-    SL_TRY(sl_check_dtype("lse", &a->lse, SL_F32, err));
-    SL_TRY(sl_check_shape("lse", &a->lse, 3, q, err));
-    SL_TRY(sl_check_dense("lse", &a->lse, &a->query, false, err));
-    SL_TRY(sl_check_dtype("scores", &a->scores, SL_F32, err));
-    SL_TRY(sl_check_shape("scores", &a->scores, 3, k, err));
-    SL_TRY(sl_check_dense("scores", &a->scores, &a->query, true, err));
-    if (!sl_tensor_given(&a->padding_mask)) {
-        return SL_OK;
-    }
-    const int64_t mask[2] = {q[0], k[2]};
-    SL_TRY(sl_check_dtype("padding_mask", &a->padding_mask, SL_BOOL, err));
-    SL_TRY(sl_check_shape("padding_mask", &a->padding_mask, 2, mask, err));
-    return sl_check_memory("padding_mask", &a->padding_mask, &a->query, false, false, err);
+    SL_TRY(sl_check_array("lse", &a->lse, SL_F32, 3, q, &a->query, false, err));
+    SL_TRY(sl_check_array("scores", &a->scores, SL_F32, 3, k, &a->query, true, err));
+    return sl_tensor_given(&a->padding_mask)
+               ? sl_check_mask("padding_mask", &a->padding_mask, q[0], k[2], &a->query, err)
+               : SL_OK;
 }
 
 enum sl_status sl_h2o_score_check(const struct sl_h2o_score_args *a, struct sl_error *err) {
-    if (!isfinite(a->scale) || !isfinite((float)a->scale)) {
-        return sl_error_set(err, SL_INVALID, "scale: expected a finite float32 number, got %g", a->scale);
-    }
+    SL_TRY(sl_check_scale(a->scale, err));
     if (a->window < 0) {
         return sl_error_set(err, SL_INVALID, "window: expected an integer >= 0, got %lld",
                             (long long)a->window);

@@ -107,13 +107,12 @@ static int64_t choose(const struct select *s, int64_t head, const struct worker 
 // Kept rows go to the first slots. list[i] >= i, so this may happen in place.
 static void move_rows(const struct sl_tensor *from, const struct sl_tensor *to, int64_t b, int64_t hk,
                       const uint32_t *list, int64_t n) {
-    const int64_t size = sl_dtype_size(from->dtype);
-    const char *in = (const char *)from->data + (b * from->stride[0] + hk * from->stride[1]) * size;
-    char *out = (char *)to->data + (b * to->stride[0] + hk * to->stride[1]) * size;
+    const size_t bytes = (size_t)(from->shape[3] * sl_dtype_size(from->dtype));
     for (int64_t i = 0; i < n; i++) {
-        const char *row = in + list[i] * from->stride[2] * size;
-        if (out + i * to->stride[2] * size != row) {
-            memcpy(out + i * to->stride[2] * size, row, (size_t)(from->shape[3] * size));
+        const char *in = sl_tensor_row(from, b, hk, list[i]);
+        char *out = sl_tensor_row(to, b, hk, i);
+        if (out != in) {
+            memcpy(out, in, bytes);
         }
     }
 }

@@ -19,38 +19,23 @@ static const struct sl_argument backward_arguments[] = {
     ARGUMENT(grad_value),  OPTIONAL(cu_seqlens), OPTIONAL(padding_mask), OPTIONAL(position_ids),
 };
 
+SL_OPERATION(attention_forward);
+SL_OPERATION(attention_backward);
+
 // What tells the two directions apart.
 struct direction {
     const char *name;
     const struct sl_argument *arguments;
     Py_ssize_t n_tensor;
-    enum sl_status (*check)(const struct sl_attention_args *args, struct sl_error *err);
-    int64_t (*workspace)(const struct sl_attention_args *args, int n_thread);
-    sl_operation *compute;
+    const struct sl_operation *operation;
 };
 
-static enum sl_status compute_forward(const void *args, void *workspace, int64_t n_byte, int n_thread,
-                                      struct sl_error *err) {
-    return sl_attention_forward(args, workspace, n_byte, n_thread, err);
-}
-
-static enum sl_status compute_backward(const void *args, void *workspace, int64_t n_byte, int n_thread,
-                                       struct sl_error *err) {
-    return sl_attention_backward(args, workspace, n_byte, n_thread, err);
-}
-
-static const struct direction forward = {"attention_forward",
-                                         forward_arguments,
+static const struct direction forward = {"attention_forward", forward_arguments,
                                          sizeof forward_arguments / sizeof *forward_arguments,
-                                         sl_attention_forward_check,
-                                         sl_attention_forward_workspace,
-                                         compute_forward};
-static const struct direction backward = {"attention_backward",
-                                          backward_arguments,
+                                         &attention_forward};
+static const struct direction backward = {"attention_backward", backward_arguments,
                                           sizeof backward_arguments / sizeof *backward_arguments,
-                                          sl_attention_backward_check,
-                                          sl_attention_backward_workspace,
-                                          compute_backward};
+                                          &attention_backward};
 
 static PyObject *run(PyObject *module, const struct direction *direction, PyObject *const *args,
                      Py_ssize_t n_args) {
@@ -62,25 +47,13 @@ static PyObject *run(PyObject *module, const struct direction *direction, PyObje
     struct sl_attention_args op = {0};
     struct sl_hold hold[MAX_TENSORS] = {{0}};
     PyObject *const *settings = args + direction->n_tensor;
-    int n_thread;
-    struct sl_error err;
-    int rc = -1;
-    if (sl_read_pattern(settings, &op.pattern) < 0 || sl_read_double(settings[5], "scale", &op.scale) < 0 ||
-        sl_read_threads(settings[6], &n_thread) < 0 ||
-        sl_borrow_arguments(state, direction->arguments, direction->n_tensor, args, &op, hold) < 0) {
-        goto done;
+    int n_thread, rc = -1;
+    if (sl_read_pattern(settings, &op.pattern) == 0 && sl_read_double(settings[5], "scale", &op.scale) == 0 &&
+        sl_read_threads(settings[6], &n_thread) == 0 &&
+        sl_borrow_arguments(state, direction->arguments, direction->n_tensor, args, &op, hold) == 0) {
+        rc = sl_run(state, direction->operation, &op, n_thread, settings[7]);
     }
-    const enum sl_status status = direction->check(&op, &err);
-    if (status != SL_OK) {
-        sl_raise(status, &err);
-        goto done;
-    }
-    rc = sl_run(state, direction->compute, &op, direction->workspace(&op, n_thread), n_thread, settings[7]);
-done:
-    for (Py_ssize_t i = 0; i < direction->n_tensor; i++) {
-        sl_release(&hold[i]);
-    }
-    return rc < 0 ? NULL : Py_NewRef(Py_None);
+    return sl_finish(hold, direction->n_tensor, rc);
 }
 
 PyObject *sl_py_attention_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {

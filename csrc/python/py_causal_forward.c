@@ -12,10 +12,7 @@ static const struct sl_argument arguments[] = {
 
 enum { N_TENSOR = sizeof arguments / sizeof *arguments, N_SETTINGS = 3 };
 
-static enum sl_status compute(const void *args, void *workspace, int64_t n_byte, int n_thread,
-                              struct sl_error *err) {
-    return sl_attention_forward(args, workspace, n_byte, n_thread, err);
-}
+SL_OPERATION(attention_forward);
 
 PyObject *sl_py_causal_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
     struct sl_state *state = sl_state_of(module);
@@ -25,25 +22,14 @@ PyObject *sl_py_causal_forward(PyObject *module, PyObject *const *args, Py_ssize
     struct sl_attention_args op = {0};
     struct sl_hold hold[N_TENSOR] = {{0}};
     PyObject *const *settings = args + N_TENSOR;
-    int n_thread;
-    struct sl_error err;
-    int rc = -1;
-    if (sl_read_double(settings[0], "scale", &op.scale) < 0 || sl_read_threads(settings[1], &n_thread) < 0 ||
-        sl_borrow_arguments(state, arguments, N_TENSOR, args, &op, hold) < 0) {
-        goto done;
+    int n_thread, rc = -1;
+    if (sl_read_double(settings[0], "scale", &op.scale) == 0 &&
+        sl_read_threads(settings[1], &n_thread) == 0 &&
+        sl_borrow_arguments(state, arguments, N_TENSOR, args, &op, hold) == 0) {
+        // One group, as long as any sequence; the check sees to shapes of other than four dimensions.
+        op.pattern = (struct sl_pattern){.group_size = INT64_MAX / 4, .causal = true};
+        op.n_past = op.key.shape[2] - op.query.shape[2];
+        rc = sl_run(state, &attention_forward, &op, n_thread, settings[2]);
     }
-    // One group, as long as any sequence; the check sees to shapes of other than four dimensions.
-    op.pattern = (struct sl_pattern){.group_size = INT64_MAX / 4, .causal = true};
-    op.n_past = op.key.shape[2] - op.query.shape[2];
-    const enum sl_status status = sl_attention_forward_check(&op, &err);
-    if (status != SL_OK) {
-        sl_raise(status, &err);
-        goto done;
-    }
-    rc = sl_run(state, compute, &op, sl_attention_forward_workspace(&op, n_thread), n_thread, settings[2]);
-done:
-    for (Py_ssize_t i = 0; i < N_TENSOR; i++) {
-        sl_release(&hold[i]);
-    }
-    return rc < 0 ? NULL : Py_NewRef(Py_None);
+    return sl_finish(hold, N_TENSOR, rc);
 }

@@ -23,23 +23,8 @@ static const struct sl_argument selected[] = {
 
 enum { N_ATTENDED = COUNT(attended), N_STEPPED = COUNT(stepped), N_SELECTED = COUNT(selected) };
 
-static enum sl_status compute_decode(const void *args, void *workspace, int64_t n_byte, int n_thread,
-                                     struct sl_error *err) {
-    return sl_h2o_decode(args, workspace, n_byte, n_thread, err);
-}
-
-static enum sl_status compute_select(const void *args, void *workspace, int64_t n_byte, int n_thread,
-                                     struct sl_error *err) {
-    return sl_h2o_select(args, workspace, n_byte, n_thread, err);
-}
-
-// Gives back what was borrowed; the methods' result.
-static PyObject *release(struct sl_hold *hold, Py_ssize_t n, int rc) {
-    for (Py_ssize_t i = 0; i < n; i++) {
-        sl_release(&hold[i]);
-    }
-    return rc < 0 ? NULL : Py_NewRef(Py_None);
-}
+SL_OPERATION(h2o_decode);
+SL_OPERATION(h2o_select);
 
 PyObject *sl_py_h2o_decode(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
     struct sl_state *state = sl_state_of(module);
@@ -52,23 +37,16 @@ PyObject *sl_py_h2o_decode(PyObject *module, PyObject *const *args, Py_ssize_t n
     PyObject *const *counted = args + N_ATTENDED, *const *step = counted + 2,
                     *const *settings = step + N_STEPPED;
     int n_thread, rc = -1;
-    struct sl_error err;
-    if (sl_read_int64(counted[0], "window", &op.window) < 0 ||
-        sl_read_bool(counted[1], "mean", &op.mean) < 0 ||
-        sl_read_int64(settings[0], "num_sinks", &op.n_sink) < 0 ||
-        sl_read_double(settings[1], "scale", &op.scale) < 0 || sl_read_threads(settings[2], &n_thread) < 0 ||
-        sl_borrow_arguments(state, attended, N_ATTENDED, args, &op, hold) < 0 ||
-        sl_borrow_arguments(state, stepped, N_STEPPED, step, &op, hold + N_ATTENDED) < 0) {
-        goto done;
+    if (sl_read_int64(counted[0], "window", &op.window) == 0 &&
+        sl_read_bool(counted[1], "mean", &op.mean) == 0 &&
+        sl_read_int64(settings[0], "num_sinks", &op.n_sink) == 0 &&
+        sl_read_double(settings[1], "scale", &op.scale) == 0 &&
+        sl_read_threads(settings[2], &n_thread) == 0 &&
+        sl_borrow_arguments(state, attended, N_ATTENDED, args, &op, hold) == 0 &&
+        sl_borrow_arguments(state, stepped, N_STEPPED, step, &op, hold + N_ATTENDED) == 0) {
+        rc = sl_run(state, &h2o_decode, &op, n_thread, settings[3]);
     }
-    const enum sl_status status = sl_h2o_decode_check(&op, &err);
-    if (status != SL_OK) {
-        sl_raise(status, &err);
-        goto done;
-    }
-    rc = sl_run(state, compute_decode, &op, sl_h2o_decode_workspace(&op, n_thread), n_thread, settings[3]);
-done:
-    return release(hold, N_ATTENDED + N_STEPPED, rc);
+    return sl_finish(hold, N_ATTENDED + N_STEPPED, rc);
 }
 
 PyObject *sl_py_h2o_select(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
@@ -80,18 +58,10 @@ PyObject *sl_py_h2o_select(PyObject *module, PyObject *const *args, Py_ssize_t n
     struct sl_hold hold[N_SELECTED] = {{0}};
     PyObject *const *settings = args + N_SELECTED;
     int n_thread, rc = -1;
-    struct sl_error err;
-    if (sl_read_int64(settings[0], "num_sinks", &op.n_sink) < 0 ||
-        sl_read_threads(settings[1], &n_thread) < 0 ||
-        sl_borrow_arguments(state, selected, N_SELECTED, args, &op, hold) < 0) {
-        goto done;
+    if (sl_read_int64(settings[0], "num_sinks", &op.n_sink) == 0 &&
+        sl_read_threads(settings[1], &n_thread) == 0 &&
+        sl_borrow_arguments(state, selected, N_SELECTED, args, &op, hold) == 0) {
+        rc = sl_run(state, &h2o_select, &op, n_thread, settings[2]);
     }
-    const enum sl_status status = sl_h2o_select_check(&op, &err);
-    if (status != SL_OK) {
-        sl_raise(status, &err);
-        goto done;
-    }
-    rc = sl_run(state, compute_select, &op, sl_h2o_select_workspace(&op, n_thread), n_thread, settings[2]);
-done:
-    return release(hold, N_SELECTED, rc);
+    return sl_finish(hold, N_SELECTED, rc);
 }

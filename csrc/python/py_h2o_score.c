@@ -12,10 +12,7 @@ static const struct sl_argument arguments[] = {
 
 enum { N_TENSOR = sizeof arguments / sizeof *arguments, N_SETTINGS = 5 };
 
-static enum sl_status compute(const void *args, void *workspace, int64_t n_byte, int n_thread,
-                              struct sl_error *err) {
-    return sl_h2o_score(args, workspace, n_byte, n_thread, err);
-}
+SL_OPERATION(h2o_score);
 
 PyObject *sl_py_h2o_score(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
     struct sl_state *state = sl_state_of(module);
@@ -25,24 +22,13 @@ PyObject *sl_py_h2o_score(PyObject *module, PyObject *const *args, Py_ssize_t n_
     struct sl_h2o_score_args op = {0};
     struct sl_hold hold[N_TENSOR] = {{0}};
     PyObject *const *settings = args + N_TENSOR;
-    int n_thread;
-    struct sl_error err;
-    int rc = -1;
-    if (sl_read_int64(settings[0], "window", &op.window) < 0 ||
-        sl_read_bool(settings[1], "mean", &op.mean) < 0 ||
-        sl_read_double(settings[2], "scale", &op.scale) < 0 || sl_read_threads(settings[3], &n_thread) < 0 ||
-        sl_borrow_arguments(state, arguments, N_TENSOR, args, &op, hold) < 0) {
-        goto done;
+    int n_thread, rc = -1;
+    if (sl_read_int64(settings[0], "window", &op.window) == 0 &&
+        sl_read_bool(settings[1], "mean", &op.mean) == 0 &&
+        sl_read_double(settings[2], "scale", &op.scale) == 0 &&
+        sl_read_threads(settings[3], &n_thread) == 0 &&
+        sl_borrow_arguments(state, arguments, N_TENSOR, args, &op, hold) == 0) {
+        rc = sl_run(state, &h2o_score, &op, n_thread, settings[4]);
     }
-    const enum sl_status status = sl_h2o_score_check(&op, &err);
-    if (status != SL_OK) {
-        sl_raise(status, &err);
-        goto done;
-    }
-    rc = sl_run(state, compute, &op, sl_h2o_score_workspace(&op, n_thread), n_thread, settings[4]);
-done:
-    for (Py_ssize_t i = 0; i < N_TENSOR; i++) {
-        sl_release(&hold[i]);
-    }
-    return rc < 0 ? NULL : Py_NewRef(Py_None);
+    return sl_finish(hold, N_TENSOR, rc);
 }

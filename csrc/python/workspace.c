@@ -20,22 +20,27 @@ void *sl_allocate_workspace(struct sl_state *state, PyObject *allocate, int64_t 
     return tensor.data;
 }
 
-int sl_run(struct sl_state *state, sl_operation *operation, const void *args, int64_t n_byte, int n_thread,
+int sl_run(struct sl_state *state, const struct sl_operation *operation, const void *args, int n_thread,
            PyObject *allocate) {
+    struct sl_error err;
+    enum sl_status status = operation->check(args, &err);
+    if (status != SL_OK) {
+        sl_raise(status, &err);
+        return -1;
+    }
     // Small calls are bound by overhead: their scratch memory is not worth a Python call.
     _Alignas(64) char small[STACK_WORKSPACE];
     void *workspace = small;
     PyObject *owner = NULL;
     struct sl_hold hold = {0};
+    const int64_t n_byte = operation->workspace(args, n_thread);
     if (n_byte > STACK_WORKSPACE) {
         workspace = sl_allocate_workspace(state, allocate, n_byte, &owner, &hold);
     }
     int rc = -1;
     if (workspace) {
-        enum sl_status status;
-        struct sl_error err;
         Py_BEGIN_ALLOW_THREADS;
-        status = operation(args, workspace, n_byte, n_thread, &err);
+        status = operation->compute(args, workspace, n_byte, n_thread, &err);
         Py_END_ALLOW_THREADS;
         if (status == SL_OK) {
             rc = 0;
@@ -46,4 +51,11 @@ int sl_run(struct sl_state *state, sl_operation *operation, const void *args, in
     sl_release(&hold);
     Py_XDECREF(owner);
     return rc;
+}
+
+PyObject *sl_finish(struct sl_hold *hold, Py_ssize_t n, int rc) {
+    for (Py_ssize_t i = 0; i < n; i++) {
+        sl_release(&hold[i]);
+    }
+    return rc < 0 ? NULL : Py_NewRef(Py_None);
 }

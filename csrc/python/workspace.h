@@ -10,12 +10,34 @@
 void *sl_allocate_workspace(struct sl_state *state, PyObject *allocate, int64_t n_byte, PyObject **owner,
                             struct sl_hold *hold);
 
-// An operation on its own struct of arguments, as core/ declares it.
-typedef enum sl_status sl_operation(const void *args, void *workspace, int64_t n_byte, int n_thread,
-                                    struct sl_error *err);
+// An operation of core/ on its own struct of arguments.
+struct sl_operation {
+    enum sl_status (*check)(const void *args, struct sl_error *err);
+    int64_t (*workspace)(const void *args, int n_thread);
+    enum sl_status (*compute)(const void *args, void *workspace, int64_t n_byte, int n_thread,
+                              struct sl_error *err);
+};
 
-// Runs the operation without the GIL on n_byte bytes of scratch memory; 0, or -1 with an exception.
-int sl_run(struct sl_state *state, sl_operation *operation, const void *args, int64_t n_byte, int n_thread,
+// Defines `stem` as the operation of sl_<stem>_check, sl_<stem>_workspace and sl_<stem>.
+#define SL_OPERATION(stem)                                                                                   \
+    static enum sl_status stem##_check(const void *args, struct sl_error *err) {                             \
+        return sl_##stem##_check(args, err);                                                                 \
+    }                                                                                                        \
+    static int64_t stem##_workspace(const void *args, int n_thread) {                                        \
+        return sl_##stem##_workspace(args, n_thread);                                                        \
+    }                                                                                                        \
+    static enum sl_status stem##_compute(const void *args, void *workspace, int64_t n_byte, int n_thread,    \
+                                         struct sl_error *err) {                                             \
+        return sl_##stem(args, workspace, n_byte, n_thread, err);                                            \
+    }                                                                                                        \
+    static const struct sl_operation stem = {stem##_check, stem##_workspace, stem##_compute}
+
+// Checks args, then runs the operation without the GIL on scratch memory from allocate; 0, or -1 with an
+// exception.
+int sl_run(struct sl_state *state, const struct sl_operation *operation, const void *args, int n_thread,
            PyObject *allocate);
+
+// Gives back n borrowed arrays: a method's end. None where rc is 0, NULL where it is -1.
+PyObject *sl_finish(struct sl_hold *hold, Py_ssize_t n, int rc);
 
 #endif

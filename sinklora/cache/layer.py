@@ -187,9 +187,13 @@ class H2OLayer(CacheLayerMixin):
         return output
 
     def _step(self, new: NewTokens) -> Tensor:
+        return self._run_step(new, new.query, new.key, self.keys)
+
+    def _run_step(self, new: NewTokens, query: Tensor, key: Tensor, keys: Tensor) -> Tensor:
+        """One step over keys, (B, Hkv, slots, D) as they attend, with the new token's query and key."""
         output: Tensor = torch_h2o.h2o_decode(
-            *(new.query, new.key, new.value),
-            *(self.keys, self.values, self.scores, self.positions, self.free_slot, self.rows),
+            *(query, key, new.value),
+            *(keys, self.values, self.scores, self.positions, self.free_slot, self.rows),
             new_mask=new.mask,
             num_sinks=self.budget.num_sink_tokens,
             mean=self.settings.group_reduction == "mean",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import torch_h2o
 from ..budget import Budget
 from .layer import H2OLayer, NewTokens, Settings
 from .rotary import Rotary, rotate, unrotate
@@ -60,10 +59,9 @@ class RankedLayer(H2OLayer):
     def _step(self, new: NewTokens) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             batch, heads, slots, dim = self.keys.shape
-            free = self.positions >= 0
             order = self.positions.argsort(2)
             places = torch.arange(slots, device=order.device).expand_as(order)
-            unused = slots - free.sum(2, keepdim=True)
+            unused = (self.positions < 0).sum(2, keepdim=True)
             ranks = (torch.empty_like(order).scatter_(2, order, places) - unused).clamp(min=0)
             rank = torch.tensor(self.counts.used, device=order.device)[:, None, None]
             plain = self._to_store(new)
@@ -71,13 +69,6 @@ class RankedLayer(H2OLayer):
             key = self._turned(plain, rank, slots, plain.dtype)
             query = self._turned(self._plain(new, new.query), rank, slots, new.query.dtype)
             slot = self.free_slot.long()[:, :, None, None].expand(batch, heads, 1, dim)
-        output: Tensor = torch_h2o.h2o_decode(
-            *(query, key, new.value),
-            *(keys, self.values, self.scores, self.positions, self.free_slot, self.rows),
-            new_mask=new.mask,
-            num_sinks=self.budget.num_sink_tokens,
-            mean=self.settings.group_reduction == "mean",
-            scale=new.scale,
-        )
+        output = self._run_step(new, query, key, keys)
         self.keys.scatter_(2, slot, plain)
         return output

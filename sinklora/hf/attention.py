@@ -1,8 +1,7 @@
 """The attention function of the name "sinklora" in transformers' AttentionInterface.
 
-In training mode it is SF-Attn. In eval mode it is exact full causal attention: by our kernel (one group)
-where the queries are all the keys, by SDPA elsewhere. What it cannot honour it refuses by name; nothing is
-dropped.
+In training mode it is SF-Attn (below). In eval mode it is exact full causal attention (full.py), over an
+H2OCache that cache's own (h2o.py). What it cannot honour it refuses by name; nothing is dropped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Masks between transformers and the operator: what the mask interface hands over, and dense masks for SDPA.
 
 transformers builds one mask per forward through the function registered here and passes it to every layer.
-Where the queries are all the keys, ours hands over O(N): the 2D padding mask, or nothing. Everything else
-(caches, windows, custom masks) is the dense mask that "sdpa" would get.
+Where no more than causality is asked for, with past tokens or without, ours hands over O(N): the 2D padding
+mask, or nothing. Everything else (windows that bite, custom masks, a static cache in a graph) is the dense
+mask that "sdpa" would get.
 """
 
 from __future__ import annotations
