@@ -69,13 +69,13 @@ def token_major(x: Tensor) -> Tensor:
 
 
 def every_second_row(x: Tensor) -> Tensor:
-    wide = torch.full((*x.shape[:2], 2 * x.shape[2], x.shape[3]), float("nan"), dtype=x.dtype)
+    wide = x.new_full((*x.shape[:2], 2 * x.shape[2], x.shape[3]), float("nan"))
     wide[:, :, ::2] = x
     return wide[:, :, ::2]
 
 
 def slice_of_wider_rows(x: Tensor) -> Tensor:
-    wide = torch.full((*x.shape[:3], x.shape[3] + 5), float("nan"), dtype=x.dtype)
+    wide = x.new_full((*x.shape[:3], x.shape[3] + 5), float("nan"))
     wide[..., 3:-2] = x
     return wide[..., 3:-2]
 

@@ -48,22 +48,48 @@ def matches(pattern: str, sources: list[Path], exempt: set[str]) -> list[str]:
 # ---- folders are include permissions ----
 
 LIBC = {"math.h", "stdarg.h", "stdbool.h", "stddef.h", "stdint.h", "stdio.h", "string.h", "float.h"}
+CUDA = {"math.h", "float.h", "stdint.h", "stdio.h", "cuda_runtime.h"}
 SYSTEM = {
     "core": LIBC,
     "cpu": LIBC
     | {"stdlib.h", "stdatomic.h", "pthread.h", "sched.h", "unistd.h", "dlfcn.h", "cpuid.h", "errno.h"},
     "cpu/isa": LIBC | {"immintrin.h", "arm_neon.h"},
     "python": LIBC | {"stdlib.h", "Python.h", "numpy/arrayobject.h"},
+    "cuda": CUDA,
+    "cuda/ptx": CUDA | {"emulator.h"},  # tests/emulator: what a host compiler takes for CUDA
 }
 OWN = {
     "core": (r"[a-z_0-9]+\.(h|def)",),
     "cpu": (r"[a-z_0-9]+\.h", r"\.\./core/\w+\.(h|def)"),
     "cpu/isa": (r"[a-z_0-9]+\.(h|inc)", r"\.\./kernels\.h"),
-    "python": (r"[a-z_0-9]+\.h", r"\.\./core/\w+\.(h|def)", r"\.\./cpu/(detect|parallel)\.h"),
+    "python": (
+        r"[a-z_0-9]+\.h",
+        r"\.\./core/\w+\.(h|def)",
+        r"\.\./cpu/(detect|parallel)\.h",
+        r"\.\./cuda/device\.h",
+    ),
+    # The host side of an operation knows the tiles and launchers of its kernels, never their code.
+    "cuda": (
+        r"\w+\.(h|cuh|def)",
+        r"\.\./core/\w+\.(h|def)",
+        r"ptx/\w+\.cuh",
+        r"\w+/(\w+_)?(config\.h|params\.cuh)",
+    ),
+    "cuda/ptx": (r"\w+\.cuh", r"\.\./\.\./core/\w+\.(h|def)"),
 }
+# Kernels: their own folder, what all of them share, instructions.
+KERNEL_FOLDERS = sorted(p.name for p in (CSRC / "cuda").iterdir() if p.is_dir() and p.name != "ptx")
+for _name in KERNEL_FOLDERS:
+    SYSTEM[f"cuda/{_name}"] = {"math.h", "float.h", "stdint.h"}
+    OWN[f"cuda/{_name}"] = (
+        r"\w+\.(h|cuh|def)",
+        r"\.\./\w+\.(h|cuh|def)",
+        r"\.\./ptx/\w+\.cuh",
+        r"\.\./\.\./core/portable\.h",
+    )
 
 
-@pytest.mark.parametrize("source", [s for s in C_SOURCES if "cuda" not in s.parts], ids=relative)
+@pytest.mark.parametrize("source", C_SOURCES, ids=relative)
 def test_folders_are_include_permissions(source: Path) -> None:
     folder = source.parent.relative_to(CSRC).as_posix()
     for bracket, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)', source.read_text(), re.MULTILINE):
@@ -84,6 +110,36 @@ def test_the_core_neither_prints_nor_exits_nor_allocates() -> None:
     )
 
 
+# ---- CUDA goes through ptx/ ----
+
+CUDA_SOURCES = [s for s in C_SOURCES if s.is_relative_to(CSRC / "cuda")]
+
+
+def test_kernels_reach_instructions_through_ptx() -> None:
+    """What the emulator replaces: launches, instructions, shared memory. And what it could not see."""
+    ptx = {relative(s) for s in CUDA_SOURCES if s.parent.name == "ptx"}
+    assert not matches(r"<<<", C_SOURCES, {"csrc/cuda/ptx/platform.cuh"})
+    assert not matches(r"\basm\b", CUDA_SOURCES, ptx)
+    assert not matches(r"__CUDACC__|__CUDA_ARCH__", CUDA_SOURCES, ptx | {"csrc/cuda/device.cu"})
+    assert not matches(r"\b__shared__", CUDA_SOURCES, {"csrc/cuda/ptx/memory.cuh"})
+    assert not matches(r"\bvolatile\b", CUDA_SOURCES, ptx)
+    assert not matches(
+        r"\b(atomic(Add|CAS|Exch|Max|Min|Or|And|Xor|Inc)|__nv\w+|__ldg|__ldcs)\s*\(", CUDA_SOURCES, ptx
+    )
+
+
+def test_cuda_neither_waits_nor_allocates() -> None:
+    """Work goes to the caller's stream, memory comes from the caller, and a graph can capture all of it."""
+    calls = r"\bcuda(Malloc|Free|Host|Memcpy|Memset|\w*Synchronize|Stream|Event|Graph)\w*\s*\("
+    assert not matches(calls, CUDA_SOURCES, exempt=set())
+
+
+def test_every_ptx_header_has_a_unit_kernel() -> None:
+    for header in (CSRC / "cuda" / "ptx").glob("*.cuh"):
+        unit = ROOT / "tests" / "emulator" / "ptx" / f"{header.stem}.cu"
+        assert header.stem == "platform" or unit.exists(), f"{relative(header)}: no {relative(unit)}"
+
+
 # ---- one pattern, one header ----
 
 
@@ -101,8 +157,11 @@ def test_the_inequality_is_written_in_one_header() -> None:
 
 
 def test_every_kernel_folder_asks_the_pattern() -> None:
-    for user in ("csrc/cpu/plan.c", "csrc/python/py_pattern.c"):
+    for user in ("csrc/cpu/plan.c", "csrc/python/py_pattern.c", "csrc/cuda/h2o_score_params.cuh"):
         assert "sl_pattern_" in (ROOT / user).read_text()
+    for folder in ("sm80", "simt"):
+        kernels = (CSRC / "cuda" / folder).glob("attention_*.cuh")
+        assert any("sl_pattern_" in kernel.read_text() for kernel in kernels), folder
 
 
 # ---- sizes ----
@@ -151,8 +210,11 @@ OPERATIONS = sorted(p.stem for p in (CSRC / "cpu").glob("*.c") if re.match(r"(at
 
 
 @pytest.mark.parametrize("stem", OPERATIONS)
-def test_every_operation_has_tests_and_a_benchmark(stem: str) -> None:
+def test_every_operation_has_two_devices_tests_and_a_benchmark(stem: str) -> None:
+    assert (CSRC / "cuda" / f"{stem}.cu").exists()
     assert (ROOT / "tests" / f"test_{stem}.py").exists()
+    names = (f"test_cuda_{stem}.py", f"test_cuda_{stem.removeprefix('attention_')}.py")
+    assert any((ROOT / "tests" / name).exists() for name in names), f"tests: none of {names}"
     names = (f"bench_{stem}.py", f"bench_{stem.partition('_')[0]}.py")
     assert any((ROOT / "benchmarks" / name).exists() for name in names), f"benchmarks: none of {names}"
 

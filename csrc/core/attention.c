@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include "check.h"
+#include "device.h"
 #include "pattern_check.h"
 
 #include <math.h>
@@ -16,21 +17,23 @@ static enum sl_status check_query_key(const struct sl_attention_args *a, struct 
     return sl_check_shape("key", &a->key, 4, with_past, err);
 }
 
-static enum sl_status check_cu_seqlens(const struct sl_attention_args *a, struct sl_error *err) {
-    const struct sl_tensor *t = &a->cu_seqlens;
-    char got[160];
+static enum sl_status check_cu_seqlens_shape(const struct sl_tensor *t, struct sl_error *err) {
+    char got[SL_SHAPE_TEXT];
     SL_TRY(sl_check_dtype("cu_seqlens", t, SL_I32, err));
     if (t->n_dim != 1 || t->shape[0] < 2) {
         return sl_error_set(err, SL_INVALID,
                             "cu_seqlens: expected one dimension of at least 2 elements, got shape %s",
                             sl_shape_text(t, got));
     }
-    if (a->query.shape[0] != 1) {
-        return sl_error_set(err, SL_INVALID,
-                            "cu_seqlens: expected a batch of 1 packed row, got a batch of %lld",
-                            (long long)a->query.shape[0]);
+    return SL_OK;
+}
+
+enum sl_status sl_cu_seqlens_check(const struct sl_tensor *t, int64_t n_token, struct sl_error *err) {
+    SL_TRY(check_cu_seqlens_shape(t, err));
+    SL_TRY(sl_check_memory("cu_seqlens", t, t, true, false, err));
+    if (t->device_type != SL_DEVICE_CPU) {
+        return SL_OK; // reading values would wait for the device; its kernels clamp them
     }
-    SL_TRY(sl_check_memory("cu_seqlens", t, &a->query, true, false, err));
     const int32_t *starts = t->data;
     const int64_t n = t->shape[0];
     if (starts[0] != 0) {
@@ -43,12 +46,23 @@ static enum sl_status check_cu_seqlens(const struct sl_attention_args *a, struct
                                 (int)starts[i], (int)starts[i - 1], (long long)i);
         }
     }
-    if (starts[n - 1] != a->query.shape[2]) {
+    if (starts[n - 1] != n_token) {
         return sl_error_set(err, SL_INVALID,
                             "cu_seqlens: expected to end with the number of tokens %lld, got %d",
-                            (long long)a->query.shape[2], (int)starts[n - 1]);
+                            (long long)n_token, (int)starts[n - 1]);
     }
     return SL_OK;
+}
+
+static enum sl_status check_cu_seqlens(const struct sl_attention_args *a, struct sl_error *err) {
+    SL_TRY(check_cu_seqlens_shape(&a->cu_seqlens, err));
+    if (a->query.shape[0] != 1) {
+        return sl_error_set(err, SL_INVALID,
+                            "cu_seqlens: expected a batch of 1 packed row, got a batch of %lld",
+                            (long long)a->query.shape[0]);
+    }
+    SL_TRY(sl_check_memory("cu_seqlens", &a->cu_seqlens, &a->query, true, false, err));
+    return sl_cu_seqlens_check(&a->cu_seqlens, a->query.shape[2], err);
 }
 
 static enum sl_status check_sequences(const struct sl_attention_args *a, struct sl_error *err) {
@@ -133,21 +147,30 @@ static bool is_empty(const struct sl_attention_args *args) {
     return sl_tensor_count(&args->query) == 0;
 }
 
-// One device so far: the check refuses every other.
 int64_t sl_attention_forward_workspace(const struct sl_attention_args *args, int n_thread) {
-    return is_empty(args) ? 0 : sl_cpu_attention_forward_workspace(args, n_thread);
+    return is_empty(args) ? 0
+                          : SL_BY_DEVICE(&args->query, sl_cuda_attention_forward_workspace(args),
+                                         sl_cpu_attention_forward_workspace(args, n_thread));
 }
 
 int64_t sl_attention_backward_workspace(const struct sl_attention_args *args, int n_thread) {
-    return is_empty(args) ? 0 : sl_cpu_attention_backward_workspace(args, n_thread);
+    return is_empty(args) ? 0
+                          : SL_BY_DEVICE(&args->query, sl_cuda_attention_backward_workspace(args),
+                                         sl_cpu_attention_backward_workspace(args, n_thread));
 }
 
 enum sl_status sl_attention_forward(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
                                     int n_thread, struct sl_error *err) {
-    return is_empty(args) ? SL_OK : sl_cpu_attention_forward(args, workspace, n_byte, n_thread, err);
+    return is_empty(args)
+               ? SL_OK
+               : SL_BY_DEVICE(&args->query, sl_cuda_attention_forward(args, workspace, n_byte, err),
+                              sl_cpu_attention_forward(args, workspace, n_byte, n_thread, err));
 }
 
 enum sl_status sl_attention_backward(const struct sl_attention_args *args, void *workspace, int64_t n_byte,
                                      int n_thread, struct sl_error *err) {
-    return is_empty(args) ? SL_OK : sl_cpu_attention_backward(args, workspace, n_byte, n_thread, err);
+    return is_empty(args)
+               ? SL_OK
+               : SL_BY_DEVICE(&args->query, sl_cuda_attention_backward(args, workspace, n_byte, err),
+                              sl_cpu_attention_backward(args, workspace, n_byte, n_thread, err));
 }

@@ -39,6 +39,7 @@ struct sl_attention_args {
 
     struct sl_pattern pattern;
     double scale; // finite; multiplies query . key
+    void *stream; // CUDA: the stream that the work is put on, NULL for the default one; unused on the CPU
 };
 
 // Validates everything before anything is written. The message names the argument, expected and got:
@@ -48,6 +49,10 @@ enum sl_status sl_attention_forward_check(const struct sl_attention_args *args,
                                           struct sl_error *err) SL_MUST_CHECK;
 enum sl_status sl_attention_backward_check(const struct sl_attention_args *args,
                                            struct sl_error *err) SL_MUST_CHECK;
+
+// The part of both that concerns cu_seqlens alone, for n_token tokens. Its values are read on the CPU only.
+enum sl_status sl_cu_seqlens_check(const struct sl_tensor *cu_seqlens, int64_t n_token,
+                                   struct sl_error *err) SL_MUST_CHECK;
 
 // Bytes of scratch memory that the operation needs with n_thread threads; any alignment will do. args passed
 // the check.
@@ -72,5 +77,15 @@ enum sl_status sl_cpu_attention_forward(const struct sl_attention_args *args, vo
                                         int n_thread, struct sl_error *err) SL_MUST_CHECK;
 enum sl_status sl_cpu_attention_backward(const struct sl_attention_args *args, void *workspace,
                                          int64_t n_byte, int n_thread, struct sl_error *err) SL_MUST_CHECK;
+
+// The CUDA functions return when the work is on args->stream; workspace is device memory, in use until the
+// stream has passed. They read no values on the host: sequence tensors that say nonsense give unspecified
+// results, never an access outside the tensors.
+int64_t sl_cuda_attention_forward_workspace(const struct sl_attention_args *args);
+int64_t sl_cuda_attention_backward_workspace(const struct sl_attention_args *args);
+enum sl_status sl_cuda_attention_forward(const struct sl_attention_args *args, void *workspace,
+                                         int64_t n_byte, struct sl_error *err) SL_MUST_CHECK;
+enum sl_status sl_cuda_attention_backward(const struct sl_attention_args *args, void *workspace,
+                                          int64_t n_byte, struct sl_error *err) SL_MUST_CHECK;
 
 #endif

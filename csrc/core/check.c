@@ -41,6 +41,28 @@ enum sl_status sl_check_dtype(const char *name, const struct sl_tensor *t, enum 
     return SL_OK;
 }
 
+enum sl_status sl_check_device(const char *name, const struct sl_tensor *t, struct sl_error *err) {
+    if (t->device_type == SL_DEVICE_CPU) {
+        return SL_OK;
+    }
+#ifdef SL_WITH_CUDA
+    if (t->device_type == SL_DEVICE_CUDA) {
+        for (int32_t i = 0; i < t->n_dim; i++) {
+            if (t->shape[i] > INT32_MAX / 2) {
+                return sl_error_set(err, SL_UNSUPPORTED, "%s: expected sizes below 2^30 on CUDA, got %lld",
+                                    name, (long long)t->shape[i]);
+            }
+        }
+        return SL_OK;
+    }
+    const char *devices = "CPU and CUDA memory";
+#else
+    const char *devices = "CPU memory";
+#endif
+    return sl_error_set(err, SL_UNSUPPORTED, "%s: this build computes on %s only, got DLPack device type %d",
+                        name, devices, (int)t->device_type);
+}
+
 enum sl_status sl_check_memory(const char *name, const struct sl_tensor *t, const struct sl_tensor *query,
                                bool last_contiguous, bool written, struct sl_error *err) {
     if (t->device_type != query->device_type || t->device_id != query->device_id) {
@@ -146,11 +168,8 @@ enum sl_status sl_check_query_key(const struct sl_tensor *query, const struct sl
                             "query: head_dim must be a multiple of 8 from 8 to %d, got %lld", SL_MAX_HEAD_DIM,
                             (long long)q->shape[3]);
     }
-    if (q->device_type != SL_DEVICE_CPU) {
-        return sl_error_set(err, SL_UNSUPPORTED,
-                            "query: this build computes on CPU memory only, got DLPack device type %d",
-                            (int)q->device_type);
-    }
+    SL_TRY(sl_check_device("query", q, err));
+    SL_TRY(sl_check_device("key", k, err));
     SL_TRY(sl_check_memory("query", q, q, true, false, err));
     return sl_check_memory("key", k, q, true, false, err);
 }

@@ -16,6 +16,10 @@ enum sl_status sl_check_shape(const char *name, const struct sl_tensor *t, int32
 enum sl_status sl_check_dtype(const char *name, const struct sl_tensor *t, enum sl_dtype dtype,
                               struct sl_error *err) SL_MUST_CHECK;
 
+// A device that this build computes on, with sizes that its kernels count in 32 bits where it is a GPU.
+enum sl_status sl_check_device(const char *name, const struct sl_tensor *t,
+                               struct sl_error *err) SL_MUST_CHECK;
+
 // The query's device, memory where there are elements, writable where it is written, and for tensors of rows
 // (last_contiguous) a contiguous last dimension.
 enum sl_status sl_check_memory(const char *name, const struct sl_tensor *t, const struct sl_tensor *query,

@@ -37,6 +37,7 @@ struct sl_h2o_score_args {
     int64_t window;                // only the last `window` kept queries of a row count; 0: all
     bool mean;                     // divide by n_head / n_head_kv
     double scale;
+    void *stream; // as in attention.h
 };
 
 // Attention of 1 to SL_MAX_DECODE_QUERIES new tokens over the slots of a cache, all query heads of a
@@ -76,6 +77,7 @@ struct sl_h2o_decode_args {
     struct sl_tensor rows;      // int32 [n_batch, SL_ROW_FIELDS], contiguous
     int64_t n_sink;
     double scale;
+    void *stream;
 };
 
 // Keeps, per batch row and key/value head, the RECENT newest of the used entries, the sinks (position <
@@ -96,6 +98,7 @@ struct sl_h2o_select_args {
     struct sl_tensor scores_out;    // float32 [n_batch, n_head_kv, n_slot], contiguous
     struct sl_tensor positions_out; // int32 [n_batch, n_head_kv, n_slot], contiguous
     int64_t n_sink;
+    void *stream;
 };
 
 enum sl_status sl_h2o_score_check(const struct sl_h2o_score_args *args, struct sl_error *err) SL_MUST_CHECK;
@@ -123,5 +126,16 @@ enum sl_status sl_cpu_h2o_decode(const struct sl_h2o_decode_args *args, void *wo
 int64_t sl_cpu_h2o_select_workspace(const struct sl_h2o_select_args *args, int n_thread);
 enum sl_status sl_cpu_h2o_select(const struct sl_h2o_select_args *args, void *workspace, int64_t n_byte,
                                  int n_thread, struct sl_error *err) SL_MUST_CHECK;
+
+// As in attention.h. h2o_select trusts that what is kept fits n_slot, and keeps no more than n_slot.
+int64_t sl_cuda_h2o_score_workspace(const struct sl_h2o_score_args *args);
+enum sl_status sl_cuda_h2o_score(const struct sl_h2o_score_args *args, void *workspace, int64_t n_byte,
+                                 struct sl_error *err) SL_MUST_CHECK;
+int64_t sl_cuda_h2o_decode_workspace(const struct sl_h2o_decode_args *args);
+enum sl_status sl_cuda_h2o_decode(const struct sl_h2o_decode_args *args, void *workspace, int64_t n_byte,
+                                  struct sl_error *err) SL_MUST_CHECK;
+int64_t sl_cuda_h2o_select_workspace(const struct sl_h2o_select_args *args);
+enum sl_status sl_cuda_h2o_select(const struct sl_h2o_select_args *args, void *workspace, int64_t n_byte,
+                                  struct sl_error *err) SL_MUST_CHECK;
 
 #endif

@@ -1,6 +1,7 @@
 #include "h2o.h"
 
 #include "check.h"
+#include "device.h"
 #include "h2o_check.h"
 
 static enum sl_status check_attention(const struct sl_h2o_decode_args *a, struct sl_error *err) {
@@ -90,13 +91,16 @@ enum sl_status sl_h2o_decode_check(const struct sl_h2o_decode_args *a, struct sl
     return sl_check_scale(a->scale, err);
 }
 
-// One device so far: the check refuses every other.
 int64_t sl_h2o_decode_workspace(const struct sl_h2o_decode_args *args, int n_thread) {
-    return sl_tensor_count(&args->query) == 0 ? 0 : sl_cpu_h2o_decode_workspace(args, n_thread);
+    return sl_tensor_count(&args->query) == 0 ? 0
+                                              : SL_BY_DEVICE(&args->query, sl_cuda_h2o_decode_workspace(args),
+                                                             sl_cpu_h2o_decode_workspace(args, n_thread));
 }
 
 enum sl_status sl_h2o_decode(const struct sl_h2o_decode_args *args, void *workspace, int64_t n_byte,
                              int n_thread, struct sl_error *err) {
-    return sl_tensor_count(&args->query) == 0 ? SL_OK
-                                              : sl_cpu_h2o_decode(args, workspace, n_byte, n_thread, err);
+    return sl_tensor_count(&args->query) == 0
+               ? SL_OK
+               : SL_BY_DEVICE(&args->query, sl_cuda_h2o_decode(args, workspace, n_byte, err),
+                              sl_cpu_h2o_decode(args, workspace, n_byte, n_thread, err));
 }

@@ -1,5 +1,7 @@
 #include "h2o.h"
 
+#include "device.h"
+
 static enum sl_status check_sizes(const struct sl_h2o_score_args *a, struct sl_error *err) {
     const int64_t *q = a->query.shape, *k = a->key.shape;
     if (k[2] < q[2]) {
@@ -25,11 +27,15 @@ enum sl_status sl_h2o_score_check(const struct sl_h2o_score_args *a, struct sl_e
 
 // Without batch rows there is nothing to write, and the other sizes may be anything.
 int64_t sl_h2o_score_workspace(const struct sl_h2o_score_args *args, int n_thread) {
-    return sl_tensor_count(&args->query) == 0 ? 0 : sl_cpu_h2o_score_workspace(args, n_thread);
+    return sl_tensor_count(&args->query) == 0 ? 0
+                                              : SL_BY_DEVICE(&args->query, sl_cuda_h2o_score_workspace(args),
+                                                             sl_cpu_h2o_score_workspace(args, n_thread));
 }
 
 enum sl_status sl_h2o_score(const struct sl_h2o_score_args *args, void *workspace, int64_t n_byte,
                             int n_thread, struct sl_error *err) {
-    return sl_tensor_count(&args->scores) == 0 ? SL_OK
-                                               : sl_cpu_h2o_score(args, workspace, n_byte, n_thread, err);
+    return sl_tensor_count(&args->scores) == 0
+               ? SL_OK
+               : SL_BY_DEVICE(&args->query, sl_cuda_h2o_score(args, workspace, n_byte, err),
+                              sl_cpu_h2o_score(args, workspace, n_byte, n_thread, err));
 }

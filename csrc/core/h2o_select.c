@@ -1,6 +1,7 @@
 #include "h2o.h"
 
 #include "check.h"
+#include "device.h"
 #include "h2o_check.h"
 #include "pattern.h"
 
@@ -20,11 +21,7 @@ static enum sl_status check_key(const struct sl_tensor *key, struct sl_error *er
         return sl_error_set(err, SL_INVALID, "key: expected fewer than 2^31 slots, got %lld",
                             (long long)key->shape[2]);
     }
-    if (key->device_type != SL_DEVICE_CPU) {
-        return sl_error_set(err, SL_UNSUPPORTED,
-                            "key: this build computes on CPU memory only, got DLPack device type %d",
-                            (int)key->device_type);
-    }
+    SL_TRY(sl_check_device("key", key, err));
     return sl_check_memory("key", key, key, true, false, err);
 }
 
@@ -62,7 +59,7 @@ static enum sl_status check_outputs(const struct sl_h2o_select_args *a, struct s
     return check_alias("positions_out", &a->positions_out, &a->positions, err);
 }
 
-// What is kept must fit: the one check that reads values.
+// What is kept must fit: the one check that reads values, and so is made on the CPU only.
 static enum sl_status check_capacity(const struct sl_h2o_select_args *a, struct sl_error *err) {
     const int64_t n_head = a->key.shape[0] * a->key.shape[1], n_key = a->key.shape[2];
     const int64_t n_slot = a->key_out.shape[2];
@@ -90,19 +87,23 @@ enum sl_status sl_h2o_select_check(const struct sl_h2o_select_args *a, struct sl
     SL_TRY(sl_check_rows(&a->rows, &a->key, err));
     SL_TRY(check_outputs(a, err));
     SL_TRY(sl_check_sinks(a->n_sink, err));
-    return check_capacity(a, err);
+    return a->key.device_type == SL_DEVICE_CPU ? check_capacity(a, err) : SL_OK;
 }
 
-// One device so far: the check refuses every other. Without slots there is still USED to write.
+// Without slots there is still USED to write.
 static bool is_empty(const struct sl_h2o_select_args *args) {
     return args->key.shape[0] == 0 || args->key.shape[1] == 0;
 }
 
 int64_t sl_h2o_select_workspace(const struct sl_h2o_select_args *args, int n_thread) {
-    return is_empty(args) ? 0 : sl_cpu_h2o_select_workspace(args, n_thread);
+    return is_empty(args) ? 0
+                          : SL_BY_DEVICE(&args->key, sl_cuda_h2o_select_workspace(args),
+                                         sl_cpu_h2o_select_workspace(args, n_thread));
 }
 
 enum sl_status sl_h2o_select(const struct sl_h2o_select_args *args, void *workspace, int64_t n_byte,
                              int n_thread, struct sl_error *err) {
-    return is_empty(args) ? SL_OK : sl_cpu_h2o_select(args, workspace, n_byte, n_thread, err);
+    return is_empty(args) ? SL_OK
+                          : SL_BY_DEVICE(&args->key, sl_cuda_h2o_select(args, workspace, n_byte, err),
+                                         sl_cpu_h2o_select(args, workspace, n_byte, n_thread, err));
 }

@@ -1,0 +1,5 @@
+#include "chunks.cuh"
+
+enum sl_status sl_decode_chunks_f32(const struct sl_cuda_call *call, const struct sl_decode_params *p) {
+    return launch_chunks<SL_F32>(call, p);
+}

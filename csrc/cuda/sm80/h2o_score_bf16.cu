@@ -1,0 +1,12 @@
+#include "h2o_score.cuh"
+
+enum sl_status sl_sm80_h2o_score_bf16(const struct sl_cuda_call *call, const struct sl_score_params *p) {
+#define SL_HEAD_DIM(n)                                                                                       \
+    if (p->d_head <= n) {                                                                                    \
+        return launch_score<SL_BF16, n>(call, p);                                                            \
+    }
+#include "../head_dims.def"
+#undef SL_HEAD_DIM
+    return sl_error_set(call->err, SL_UNSUPPORTED, "query: this build has no kernel for head_dim %d",
+                        p->d_head);
+}
