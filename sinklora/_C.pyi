@@ -3,14 +3,25 @@
 
 An array is a torch tensor, a NumPy array or another DLPack producer; nothing is copied, and nothing is
 written before all checks have passed. The GIL is released around compute.
+
+On CUDA a call works on the current stream that the first array's library tells of (torch's), on the legacy
+default stream where it tells of none, and returns before the work is done; values are not checked there.
 """
 
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+class CudaState(TypedDict):
+    driver: int  # the newest CUDA that it supports, 1000 * major + 10 * minor; 0: none
+    devices: tuple[tuple[str, tuple[int, int]], ...]  # name, compute capability
+    problem: str | None  # why there are no devices
+
 class BuildInfo(TypedDict):
     compiler: str
     cuda: bool
+    cuda_archs: str  # compute capabilities, oldest first: "8.0 9.0"; later ones run the newest's PTX
+    cuda_toolkit: str | None  # nvcc's release
+    cuda_absent: str | None  # why CUDA was not built in
     max_head_dim: int
     max_threads: int
 
@@ -30,7 +41,7 @@ def attention_forward(
     causal: bool,
     scale: float,
     num_threads: int,
-    allocate: Callable[[int], Any],  # num_bytes -> writable uint8 [>= num_bytes]; after all checks, if at all
+    allocate: Callable[[int], Any],  # num_bytes -> writable uint8 [>= num_bytes] on the arrays' device
     /,
 ) -> None: ...
 def attention_backward(
@@ -56,6 +67,7 @@ def attention_backward(
     allocate: Callable[[int], Any],
     /,
 ) -> None: ...
+def check_cu_seqlens(cu_seqlens: Any, num_tokens: int, /) -> None: ...  # values are read on the CPU only
 def causal_forward(
     query: Any,  # [B, H, n_query, D]: the last n_query of n_key tokens
     key: Any,  # [B, Hkv, n_key, D]
@@ -148,3 +160,6 @@ def cpu_level() -> str: ...
 def select_cpu_level(name: str | None, /) -> None: ...
 def default_threads() -> int: ...
 def build_info() -> BuildInfo: ...
+
+# Starts the driver: a process that forks afterwards cannot use CUDA in the child.
+def cuda_state() -> CudaState: ...

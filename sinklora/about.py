@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from . import _C, threads
+from . import _C, cuda, threads
 
 # Shown where installed; only looked up, never imported.
 _PACKAGES = ("numpy", "torch", "transformers", "peft", "accelerate")
@@ -23,7 +23,10 @@ class Info(dict[str, Any]):
 
 
 def info() -> Info:
-    """Versions, the CPU and its instruction sets, threads, CUDA or not, and the path that a call would take.
+    """Versions, the CPU and its instruction sets, threads, CUDA or why not, and the path of a call.
+
+    Where CUDA was built in, this starts its driver: a process that forks afterwards cannot use CUDA in
+    the child.
 
     Raises:
         ValueError: SINKLORA_CPU names an instruction set that is not available here; lists those that are.
@@ -33,6 +36,7 @@ def info() -> Info:
     level = _C.cpu_level()
     build = _C.build_info()
     num_threads = threads.get_num_threads()
+    found = cuda.describe()
     return Info(
         sinklora=__version__,
         python=platform.python_version(),
@@ -43,8 +47,12 @@ def info() -> Info:
         cpu_levels=_C.cpu_levels(),
         num_threads=num_threads,
         cuda=build["cuda"],
+        cuda_build=found.built,
+        cuda_driver=found.driver,
+        gpus=found.devices,
         compiler=build["compiler"],
-        path=f"C kernels on the CPU, {level}, {num_threads} thread{'s' if num_threads > 1 else ''}",
+        path=f"C kernels on the CPU, {level}, {num_threads} thread{'s' if num_threads > 1 else ''}"
+        + ("; CUDA kernels for tensors on a GPU" if cuda.runs() else ""),
     )
 
 
@@ -53,7 +61,7 @@ def _text(value: object) -> str:
         return "not installed"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return (", ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
 def _version(package: str) -> str | None:

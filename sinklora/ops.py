@@ -40,15 +40,16 @@ def sf_attention(
     whose last dimension is not contiguous. The result is the same, bit for bit, for every number of threads.
 
     Args:
-        query: (B, H, N, D), float32, float16 or bfloat16; D a multiple of 8 up to 256. A torch tensor, a
-            NumPy array (no bfloat16) or another object that speaks DLPack; the other arguments are of the
-            same kind.
+        query: (B, H, N, D), float32, float16 or bfloat16; D a multiple of 8 up to 256. A torch tensor (on
+            the CPU, or on CUDA where that was built in), a NumPy array (no bfloat16) or another object in
+            CPU memory that speaks DLPack; the other arguments are of the same kind.
         key, value: (B, Hkv, N, D), query's dtype and device; Hkv divides H, and consecutive query heads share
             one key/value head.
         pattern: who may see whom.
         scale: multiplies query . key; 1 / sqrt(D) by default.
         cu_seqlens: int32 (S + 1,), with B = 1: the N tokens are S packed sequences, which start at
-            cu_seqlens[:-1]. First 0, never decreasing, last N.
+            cu_seqlens[:-1]. First 0, never decreasing, last N; on CUDA these values are checked only where
+            SINKLORA_CHECK=1 is set, since reading them waits for the device.
         padding_mask: bool (B, N), True = kept. The kept tokens of a row are one sequence, wherever the
             padding stands; padded rows of the output are 0.
         return_lse: also return the log-sum-exp of every row: float32 (B, H, N), not differentiable,
@@ -127,8 +128,10 @@ def _read_dlpack(name: str, array: Any) -> _Array:
         raise TypeError(f"{name}: expected {wanted}, got {type(array)!r}")
     device = array.__dlpack_device__()[0]
     if device not in _HOST_DEVICES:
+        # The output would have to come from the array's own library, and in the order of its streams.
         raise NotImplementedError(
-            f"{name}: this build computes on CPU memory only, got DLPack device type {int(device)}"
+            f"{name}: arrays other than torch tensors are computed on in CPU memory only, got DLPack device "
+            f"type {int(device)}; torch.from_dlpack makes a torch tensor of CUDA memory without a copy"
         )
     if "bfloat16" in str(getattr(array, "dtype", "")):
         raise NotImplementedError(

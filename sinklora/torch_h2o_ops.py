@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _C, threads
+from . import _C, cuda, threads
 from .h2o_ops import check_rank, is_decode
-from .torch_ops import _allocate, _empty_rows, _rows
+from .torch_memory import allocator, contiguous_rows, empty_rows
+from .torch_ops import REFUSED_DEVICES
 
 _SCHEMAS = {
     "causal_attention": "(Tensor query, Tensor key, Tensor value, Tensor? padding_mask, float scale) "
@@ -40,24 +41,24 @@ def _run(kernel: Any, tensors: list[Any], copied: Sequence[int], settings: Seque
 
     A kernel writes nothing before its checks have passed, so that calling it again is safe.
     """
-    settings = (*settings, threads.chosen or torch.get_num_threads(), _allocate)
+    settings = (*settings, threads.chosen or torch.get_num_threads(), allocator(tensors[0]))
     try:
         kernel(*tensors, *settings)
     except ValueError:
         given = list(tensors)
         for i in copied:
-            tensors[i] = _rows(tensors[i])
+            tensors[i] = contiguous_rows(tensors[i])
         if all(a is b for a, b in zip(given, tensors, strict=True)):
             raise
         kernel(*tensors, *settings)
 
 
-def _causal_cpu(
+def _causal(
     query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     check_rank("query", query)
     check_rank("key", key)
-    output, lse = _empty_rows(query), torch.empty(query.shape[:3], dtype=torch.float32)
+    output, lse = empty_rows(query), query.new_empty(query.shape[:3], dtype=torch.float32)
     tensors = [query, key, value, output, lse, padding_mask]
     if is_decode(query.shape[2], key.shape[2]):
         without_cache = (None, 0, False, None, None, None, None, None, None, 0)
@@ -67,7 +68,7 @@ def _causal_cpu(
     return output, lse
 
 
-def _scores_cpu(
+def _scores(
     query: Tensor,
     key: Tensor,
     lse: Tensor | None,
@@ -79,14 +80,14 @@ def _scores_cpu(
     check_rank("query", query)
     check_rank("key", key)
     if lse is None:
-        lse = torch.empty(query.shape[:3], dtype=torch.float32)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         _run(_C.causal_forward, [query, key, None, None, lse, padding_mask], (0, 1), (scale,))
-    scores = torch.empty(key.shape[:3], dtype=torch.float32)
+    scores = key.new_empty(key.shape[:3], dtype=torch.float32)
     _run(_C.h2o_score, [query, key, lse.contiguous(), scores, padding_mask], (0, 1), (window, mean, scale))
     return scores
 
 
-def _decode_cpu(
+def _decode(
     query: Tensor,
     new_key: Tensor,
     new_value: Tensor,
@@ -102,7 +103,7 @@ def _decode_cpu(
     scale: float,
 ) -> Tensor:
     check_rank("query", query)
-    output = _empty_rows(query)
+    output = empty_rows(query)
     tensors = [
         *(query, key, value, output, None, None, scores, 0, mean),
         *(new_key, new_value, new_mask, positions, free_slot, rows),
@@ -111,7 +112,7 @@ def _decode_cpu(
     return output
 
 
-def _select_cpu(
+def _select(
     key: Tensor,
     value: Tensor,
     scores: Tensor,
@@ -137,7 +138,7 @@ def _empty_slots(key: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Te
     )
 
 
-def _no_gradient_cpu(grad: Tensor, shape: list[int]) -> NoReturn:
+def _no_gradient(grad: Tensor, shape: list[int]) -> NoReturn:
     raise RuntimeError(
         "sinklora: full causal attention computes no gradients, got a backward through it: it is for "
         "inference. Call the model under torch.no_grad(), or train it in training mode"
@@ -159,7 +160,7 @@ def _elsewhere(name: str) -> Callable[..., NoReturn]:
         names = TENSORS[name]
         _check_devices(names, args)
         raise NotImplementedError(
-            f"{names[0]}: this build computes on CPU tensors only, got device {args[0].device}"
+            f"{names[0]}: this build computes on {cuda.computes_on()}, got device {args[0].device}"
         )
 
     return refuse
@@ -173,7 +174,7 @@ def _check_devices(names: Sequence[str], tensors: Sequence[Any]) -> None:
 
 def _causal_shapes(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     check_rank("query", query)
-    return _empty_rows(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return empty_rows(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _scores_shapes(query: Tensor, key: Tensor, *_: Any) -> Tensor:
@@ -183,7 +184,7 @@ def _scores_shapes(query: Tensor, key: Tensor, *_: Any) -> Tensor:
 
 def _decode_shapes(query: Tensor, *_: Any) -> Tensor:
     check_rank("query", query)
-    return _empty_rows(query)
+    return empty_rows(query)
 
 
 def _select_shapes(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,16 +195,16 @@ def _no_gradient_shapes(grad: Tensor, shape: Sequence[int]) -> Tensor:
     return grad.new_empty(shape)
 
 
-for _name, _cpu, _shapes in (
-    ("causal_attention", _causal_cpu, _causal_shapes),
-    ("attention_scores", _scores_cpu, _scores_shapes),
-    ("h2o_decode", _decode_cpu, _decode_shapes),
-    ("h2o_select", _select_cpu, _select_shapes),
-    ("no_gradient", _no_gradient_cpu, _no_gradient_shapes),
+for _name, _compute, _shapes in (
+    ("causal_attention", _causal, _causal_shapes),
+    ("attention_scores", _scores, _scores_shapes),
+    ("h2o_decode", _decode, _decode_shapes),
+    ("h2o_select", _select, _select_shapes),
+    ("no_gradient", _no_gradient, _no_gradient_shapes),
 ):
     torch.library.define(f"sinklora::{_name}", _SCHEMAS[_name])
-    torch.library.impl(f"sinklora::{_name}", "cpu", _cpu)
-    torch.library.impl(f"sinklora::{_name}", ("cuda", "mps", "xpu"), _elsewhere(_name))
+    torch.library.impl(f"sinklora::{_name}", cuda.DEVICE_TYPES, _compute)
+    torch.library.impl(f"sinklora::{_name}", REFUSED_DEVICES, _elsewhere(_name))
     torch.library.register_fake(f"sinklora::{_name}", _fake(_name, _shapes))
 
 causal_op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.sinklora.causal_attention.default

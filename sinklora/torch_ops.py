@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, threads
+from . import _C, cuda, threads
 from .ops import check_pattern, check_scale
 from .pattern import SFPattern
 from .settings import cached_settings_text, read_settings, settings_text
+from .torch_memory import allocator, contiguous_rows, empty_rows
 
 _FORWARD_NAMES = ("query", "key", "value", "settings", "cu_seqlens", "padding_mask", "position_ids")
 _BACKWARD_NAMES = ("grad_output", "query", "key", "value", "output", "lse", *_FORWARD_NAMES[3:])
@@ -139,25 +140,13 @@ def _check_rank(name: str, tensor: Tensor) -> None:
 # ---- the operators ----
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself, or a copy where its last dimension is not contiguous: the only copy there is."""
-    if tensor is None or not tensor.dim() or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
-        return tensor
-    return tensor.contiguous()
+def _check_starts(cu_seqlens: Tensor | None, num_tokens: int) -> None:
+    """The check of values that kernels leave out on CUDA, since it waits for the device."""
+    if cu_seqlens is not None and cu_seqlens.device.type != "cpu" and cuda.checks_values():
+        _C.check_cu_seqlens(cu_seqlens.cpu(), num_tokens)
 
 
-def _empty_rows(like: Tensor) -> Tensor:
-    """(B, H, N, D) that lies in memory as (B, N, H, D): the transpose after attention then copies nothing."""
-    batch, heads, tokens, dim = like.shape
-    strides = (tokens * heads * dim, dim, heads * dim, 1)
-    return torch.empty_strided((batch, heads, tokens, dim), strides, dtype=like.dtype, device=like.device)
-
-
-def _allocate(num_bytes: int) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8)
-
-
-def _forward_cpu(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -172,19 +161,22 @@ def _forward_cpu(
     # kernel refuses them.
     batch, heads, tokens, dim = query.shape
     shape, strides = (batch, heads, tokens, dim), (tokens * heads * dim, dim, heads * dim, 1)
-    output = torch.empty_strided(shape, strides, dtype=query.dtype)
-    lse = torch.empty_strided((batch, heads, tokens), (heads * tokens, tokens, 1), dtype=torch.float32)
+    output = query.new_empty_strided(shape, strides)
+    lse = query.new_empty_strided((batch, heads, tokens), (heads * tokens, tokens, 1), dtype=torch.float32)
+    if cu_seqlens is not None:
+        _check_starts(cu_seqlens, tokens)
     num_threads = threads.chosen or torch.get_num_threads()
     call: list[Any] = [
         *(query, key, value, output, lse, cu_seqlens, padding_mask, position_ids),
-        *(*read_settings(settings), num_threads, _allocate),
+        *(*read_settings(settings), num_threads, allocator(query)),
     ]
     try:
         _C.attention_forward(*call)
     except ValueError:
+        _check_devices(_FORWARD_NAMES, (query, key, value, settings, *call[5:8]))
         rows = list(call)
         for i in (0, 1, 2, 5):  # query, key, value, cu_seqlens
-            rows[i] = _rows(call[i])
+            rows[i] = contiguous_rows(call[i])
         if all(row is tensor for row, tensor in zip(rows, call, strict=True)):
             raise
     else:
@@ -193,7 +185,7 @@ def _forward_cpu(
     return output, lse
 
 
-def _backward_cpu(
+def _backward(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -207,12 +199,15 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_rank(name, tensor)
-    grads = _empty_rows(query), _empty_rows(key), _empty_rows(value)
-    read = [_rows(tensor) for tensor in (grad_output, query, key, value, output)]
+    grads = empty_rows(query), empty_rows(key), empty_rows(value)
+    read = [contiguous_rows(tensor) for tensor in (grad_output, query, key, value, output)]
+    if query.device.type != "cpu":
+        _check_devices(_BACKWARD_NAMES, (grad_output, query, key, value, output, lse))
+        _check_starts(cu_seqlens, query.shape[2])
     num_threads = threads.chosen or torch.get_num_threads()
     call: list[Any] = [
-        *(*read, lse.contiguous(), *grads, _rows(cu_seqlens), padding_mask, position_ids),
-        *(*read_settings(settings), num_threads, _allocate),
+        *(*read, lse.contiguous(), *grads, contiguous_rows(cu_seqlens), padding_mask, position_ids),
+        *(*read_settings(settings), num_threads, allocator(query)),
     ]
     _C.attention_backward(*call)
     return grads
@@ -222,30 +217,36 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
     _check_devices(_FORWARD_NAMES, args)
     query = args[0]
     _check_rank("query", query)
-    return _empty_rows(query), torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    return empty_rows(query), torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(_BACKWARD_NAMES, args)
-    return _empty_rows(args[1]), _empty_rows(args[2]), _empty_rows(args[3])
+    return empty_rows(args[1]), empty_rows(args[2]), empty_rows(args[3])
 
 
 def _forward_elsewhere(*args: Any) -> NoReturn:
     _check_devices(_FORWARD_NAMES, args)
-    raise NotImplementedError(f"query: this build computes on CPU tensors only, got device {args[0].device}")
+    raise NotImplementedError(
+        f"query: this build computes on {cuda.computes_on()}, got device {args[0].device}"
+    )
 
 
 def _backward_elsewhere(*args: Any) -> NoReturn:
     _check_devices(_BACKWARD_NAMES, args)
-    raise NotImplementedError(f"query: this build computes on CPU tensors only, got device {args[1].device}")
+    raise NotImplementedError(
+        f"query: this build computes on {cuda.computes_on()}, got device {args[1].device}"
+    )
 
 
-for _name, _cpu, _fake, _elsewhere in (
-    ("sinklora::sf_attention", _forward_cpu, _forward_fake, _forward_elsewhere),
-    ("sinklora::sf_attention_backward", _backward_cpu, _backward_fake, _backward_elsewhere),
+REFUSED_DEVICES = tuple(kind for kind in ("cuda", "mps", "xpu") if kind not in cuda.DEVICE_TYPES)
+
+for _name, _run, _fake, _elsewhere in (
+    ("sinklora::sf_attention", _forward, _forward_fake, _forward_elsewhere),
+    ("sinklora::sf_attention_backward", _backward, _backward_fake, _backward_elsewhere),
 ):
-    torch.library.impl(_name, "cpu", _cpu)
-    torch.library.impl(_name, ("cuda", "mps", "xpu"), _elsewhere)
+    torch.library.impl(_name, cuda.DEVICE_TYPES, _run)
+    torch.library.impl(_name, REFUSED_DEVICES, _elsewhere)
     torch.library.register_fake(_name, _fake)
 
 _forward_op = torch.ops.sinklora.sf_attention.default

@@ -89,7 +89,7 @@ class Producer:
             setattr(tensor, name, value)
         self.device = (tensor.device_type, tensor.device_id)
         deleter = ctypes.cast(self._deleter, ctypes.c_void_p).value
-        self._managed: Any = (
+        self.managed: Any = (
             Legacy(tensor=tensor, deleter=deleter)
             if legacy
             else Versioned(major=major, minor=0, deleter=deleter, flags=int(read_only), tensor=tensor)
@@ -106,11 +106,11 @@ class Producer:
         return self.device
 
     def __dlpack__(self, **options: Any) -> Any:
-        if self.legacy and options:
+        if self.legacy and "max_version" in options:
             raise TypeError("this producer is older than max_version")
         name = b"dltensor" if self.legacy else b"dltensor_versioned"
         # No destructor: a capsule that nobody opened would show as a missing call of the deleter.
-        self.capsule = _new_capsule(ctypes.addressof(self._managed), name, None)
+        self.capsule = _new_capsule(ctypes.addressof(self.managed), name, None)
         return self.capsule
 
 

@@ -62,7 +62,15 @@ def test_info() -> None:
     assert info["sinklora"] == sinklora.__version__
     assert info["torch"] == torch.__version__
     assert info["cpu_level"] in info["cpu_levels"] == _C.cpu_levels()
-    assert info["cuda"] is False
+    build, state = _C.build_info(), _C.cuda_state()
+    assert info["cuda"] is build["cuda"]
+    if build["cuda"]:
+        assert build["cuda_toolkit"] in info["cuda_build"]
+        assert len(info["gpus"]) == max(1, len(state["devices"]))
+        assert state["devices"] or str(state["problem"]) in info["gpus"][0]
+    else:
+        assert info["cuda_build"] == f"not built in: {build['cuda_absent']}"
+        assert info["gpus"] == ()
     assert info["cpu_level"] in info["path"]
     text = str(info)
     assert "\ncpu_levels" in text

@@ -145,8 +145,8 @@ REFUSED: dict[str, tuple[Callable[[np.ndarray], Any], type[Exception], str]] = {
     "null": (lambda x: Producer(x, data=0), BufferError, "query: expected memory, got a NULL pointer"),
     "null, offset": (lambda x: Producer(x, data=0, byte_offset=64), BufferError, "NULL pointer"),
     "version 2": (lambda x: Producer(x, major=2), BufferError, "query: expected DLPack version 1, got 2"),
-    "cuda": (lambda x: Producer(x, device_type=2), NotImplementedError, "query: .*device type 2"),
-    "vulkan capsule": (lambda x: Lying(x, device_type=7), NotImplementedError, "query: .*device type 7"),
+    "vulkan": (lambda x: Producer(x, device_type=7), NotImplementedError, "query: .*device type 7"),
+    "lying": (lambda x: Lying(x, device_type=7), BufferError, "query: .*device 1:0, .* got 7:0"),
     "used capsule": (
         lambda x: Twice(x, legacy=False),
         BufferError,

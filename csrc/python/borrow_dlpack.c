@@ -2,7 +2,13 @@
 // Python protocol of __dlpack__ for everyone else.
 #include "borrow.h"
 
-#include <string.h>
+#ifdef SL_WITH_CUDA
+enum { SL_COMPUTE_DEVICE = SL_DEVICE_CUDA };
+#define SL_COMPUTES_ON "this build computes on CPU and CUDA memory only"
+#else
+enum { SL_COMPUTE_DEVICE = SL_DEVICE_CPU };
+#define SL_COMPUTES_ON "this build computes on CPU memory only"
+#endif
 
 static int find_dtype(const struct dl_data_type *type, enum sl_dtype *out) {
     static const struct {
@@ -19,6 +25,10 @@ static int find_dtype(const struct dl_data_type *type, enum sl_dtype *out) {
         }
     }
     return -1;
+}
+
+static bool is_host(long device_type) {
+    return device_type == DL_CPU || device_type == DL_CUDA_HOST || device_type == DL_ROCM_HOST;
 }
 
 // Copies what *dl says into *out; shape and strides are not referred to afterwards.
@@ -43,7 +53,7 @@ static int read_tensor(const struct dl_tensor *dl, const char *name, struct sl_t
         dense *= dl->shape[i] > 0 ? dl->shape[i] : 1;
     }
     const int32_t type = dl->device.type;
-    const bool host = type == DL_CPU || type == DL_CUDA_HOST || type == DL_ROCM_HOST;
+    const bool host = is_host(type);
     out->device_type = host ? SL_DEVICE_CPU : type;
     out->device_id = host ? 0 : dl->device.id;
     // A NULL pointer stays one whatever the offset, so that the core can refuse it.
@@ -87,8 +97,8 @@ static const struct dl_exchange_api *cached_exchange(struct sl_state *state, PyO
     return api;
 }
 
-int sl_borrow_exchange(struct sl_state *state, PyObject *object, const char *name, struct sl_tensor *out) {
-    const struct dl_exchange_api *api = cached_exchange(state, (PyObject *)Py_TYPE(object));
+int sl_borrow_exchange(struct sl_call *call, PyObject *object, const char *name, struct sl_tensor *out) {
+    const struct dl_exchange_api *api = cached_exchange(call->state, (PyObject *)Py_TYPE(object));
     if (!api) {
         return 1;
     }
@@ -97,45 +107,71 @@ int sl_borrow_exchange(struct sl_state *state, PyObject *object, const char *nam
         sl_wrap_producer_error(name);
         return -1;
     }
-    return read_tensor(&dl, name, out);
+    if (read_tensor(&dl, name, out) < 0) {
+        return -1;
+    }
+    return sl_call_begin(call, out->device_type, out->device_id, api, name);
 }
 
 // ---- __dlpack__ ----
 
-// -1 with an exception unless the object says that its memory is the CPU's.
-static int check_device(PyObject *object, const char *name) {
+// Where the object says that its memory is, as sl_tensor has it; -1 with an exception where this build cannot
+// compute there.
+static int read_device(PyObject *object, const char *name, struct dl_device *out) {
     PyObject *device = PyObject_CallMethod(object, "__dlpack_device__", NULL);
-    long type = -1;
+    long type = -1, id = 0;
     if (device && PyTuple_Check(device) && PyTuple_Size(device) == 2) {
         type = PyLong_AsLong(PyTuple_GetItem(device, 0));
+        id = PyErr_Occurred() ? 0 : PyLong_AsLong(PyTuple_GetItem(device, 1));
     }
     Py_XDECREF(device);
     if (PyErr_Occurred()) {
         sl_wrap_producer_error(name);
         return -1;
     }
-    if (type != DL_CPU && type != DL_CUDA_HOST && type != DL_ROCM_HOST) {
-        PyErr_Format(PyExc_NotImplementedError,
-                     "%s: this build computes on CPU memory only, got DLPack device type %ld", name, type);
+    const bool host = is_host(type);
+    if (!host && type != SL_COMPUTE_DEVICE) {
+        PyErr_Format(PyExc_NotImplementedError, "%s: " SL_COMPUTES_ON ", got DLPack device type %ld", name,
+                     type);
         return -1;
     }
+    *out = (struct dl_device){host ? SL_DEVICE_CPU : (int32_t)type, host ? 0 : (int32_t)id};
     return 0;
 }
 
+// The number of the stream that waits for the memory, as the array API standard has it: 1 is CUDA's legacy
+// default stream, which its library calls NULL, and -1 asks for no waiting (on another device than the
+// call's, which the operation refuses anyway).
+static long long stream_number(const struct sl_call *call, const struct dl_device *device) {
+    if (device->type != call->device_type || device->id != call->device_id) {
+        return -1;
+    }
+    return call->stream ? (long long)(intptr_t)call->stream : 1;
+}
+
 // A new reference to the object's capsule: a versioned one where the producer knows how, else what it has.
-static PyObject *take_capsule(PyObject *object, const char *name) {
+static PyObject *take_capsule(const struct sl_call *call, PyObject *object, const struct dl_device *device,
+                              const char *name) {
     PyObject *method = PyObject_GetAttrString(object, "__dlpack__");
     PyObject *none = PyTuple_New(0);
-    PyObject *version = Py_BuildValue("{s(ii)}", "max_version", 1, 3);
+    PyObject *options = PyDict_New(), *version = Py_BuildValue("(ii)", 1, 3), *stream = NULL;
     PyObject *capsule = NULL;
-    if (method && none && version) {
-        capsule = PyObject_Call(method, none, version);
+    int rc = method && none && options && version ? 0 : -1;
+    if (rc == 0 && device->type == SL_DEVICE_CUDA) { // for the CPU the standard knows no stream
+        stream = PyLong_FromLongLong(stream_number(call, device));
+        rc = stream ? PyDict_SetItemString(options, "stream", stream) : -1;
+    }
+    if (rc == 0 && PyDict_SetItemString(options, "max_version", version) == 0) {
+        capsule = PyObject_Call(method, none, options);
         if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Clear(); // producers older than DLPack 1.0 do not know the keyword
-            capsule = PyObject_Call(method, none, NULL);
+            rc = PyDict_DelItemString(options, "max_version");
+            capsule = rc == 0 ? PyObject_Call(method, none, options) : NULL;
         }
     }
+    Py_XDECREF(stream);
     Py_XDECREF(version);
+    Py_XDECREF(options);
     Py_XDECREF(none);
     Py_XDECREF(method);
     if (!capsule) {
@@ -175,19 +211,28 @@ static int open_capsule(PyObject *capsule, const char *name, struct sl_tensor *o
     return -1;
 }
 
-int sl_borrow_capsule(PyObject *object, const char *name, struct sl_tensor *out, struct sl_hold *hold) {
+int sl_borrow_capsule(struct sl_call *call, PyObject *object, const char *name, struct sl_tensor *out,
+                      struct sl_hold *hold) {
     PyObject *type = (PyObject *)Py_TYPE(object);
     if (!PyObject_HasAttrString(type, "__dlpack__") || !PyObject_HasAttrString(type, "__dlpack_device__")) {
         return 1;
     }
-    if (check_device(object, name) < 0) {
+    struct dl_device device;
+    if (read_device(object, name, &device) < 0 ||
+        sl_call_begin(call, device.type, device.id, NULL, name) < 0) {
         return -1;
     }
-    PyObject *capsule = take_capsule(object, name);
+    PyObject *capsule = take_capsule(call, object, &device, name);
     if (!capsule) {
         return -1;
     }
     const int rc = open_capsule(capsule, name, out, hold);
     Py_DECREF(capsule);
+    if (rc == 0 && (out->device_type != device.type || out->device_id != device.id)) {
+        PyErr_Format(PyExc_BufferError,
+                     "%s: expected memory on DLPack device %d:%d, as its __dlpack_device__ says, got %d:%d",
+                     name, (int)device.type, (int)device.id, (int)out->device_type, (int)out->device_id);
+        return -1;
+    }
     return rc;
 }

@@ -116,6 +116,10 @@ int sl_check_count(const char *function, Py_ssize_t n_given, Py_ssize_t n_wanted
 }
 
 void sl_wrap_producer_error(const char *name) {
+    if (!PyErr_Occurred()) { // it broke its own rules
+        PyErr_Format(PyExc_BufferError, "%s: its memory could not be exchanged", name);
+        return;
+    }
     if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError)) {
         return;
     }

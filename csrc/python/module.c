@@ -42,6 +42,8 @@ static PyMethodDef methods[] = {
      "Writes output and lse from query, key, value; see _C.pyi."},
     {"attention_backward", FAST(sl_py_attention_backward), METH_FASTCALL,
      "Writes grad_query, grad_key, grad_value from grad_output and what the forward saved; see _C.pyi."},
+    {"check_cu_seqlens", FAST(sl_py_check_cu_seqlens), METH_FASTCALL,
+     "ValueError unless cu_seqlens can be the starts of packed sequences of so many tokens."},
     {"causal_forward", FAST(sl_py_causal_forward), METH_FASTCALL,
      "Writes output and lse of plain causal attention, also for fewer queries than keys; see _C.pyi."},
     {"h2o_score", FAST(sl_py_h2o_score), METH_FASTCALL,
@@ -62,6 +64,8 @@ static PyMethodDef methods[] = {
     {"default_threads", sl_py_default_threads, METH_NOARGS,
      "OMP_NUM_THREADS, else the processors of this process."},
     {"build_info", sl_py_build_info, METH_NOARGS, "What this binary was built with."},
+    {"cuda_state", sl_py_cuda_state, METH_NOARGS,
+     "The driver and the GPUs; starts the driver where there is one."},
     {NULL, NULL, 0, NULL},
 };
 

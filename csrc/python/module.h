@@ -48,13 +48,15 @@ int sl_read_pattern(PyObject *const *args, struct sl_pattern *out);
 int sl_check_count(const char *function, Py_ssize_t n_given, Py_ssize_t n_wanted);
 
 // Replaces the pending exception of a producer by a BufferError that names the argument, the old one as its
-// cause. Exceptions that are no Exception (KeyboardInterrupt), and MemoryError, stay.
+// cause. Exceptions that are no Exception (KeyboardInterrupt), and MemoryError, stay; without one there is a
+// BufferError all the same.
 void sl_wrap_producer_error(const char *name);
 
 // ---- methods, each METH_FASTCALL with positional arguments only; signatures in sinklora/_C.pyi ----
 
 PyObject *sl_py_attention_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_attention_backward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
+PyObject *sl_py_check_cu_seqlens(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_causal_forward(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_h2o_score(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
 PyObject *sl_py_h2o_decode(PyObject *module, PyObject *const *args, Py_ssize_t n_args);
@@ -66,6 +68,7 @@ PyObject *sl_py_cpu_level(PyObject *module, PyObject *unused);
 PyObject *sl_py_select_cpu_level(PyObject *module, PyObject *name);
 PyObject *sl_py_default_threads(PyObject *module, PyObject *unused);
 PyObject *sl_py_build_info(PyObject *module, PyObject *unused);
+PyObject *sl_py_cuda_state(PyObject *module, PyObject *unused);
 
 // Prepares the threads and selects the level that SINKLORA_CPU names; an unusable name is remembered, not
 // raised, so that the module imports.

@@ -1,7 +1,6 @@
 // Which instruction set and how many threads.
 #include "module.h"
 
-#include "../core/attention.h"
 #include "../cpu/detect.h"
 #include "../cpu/parallel.h"
 
@@ -82,18 +81,4 @@ PyObject *sl_py_default_threads(PyObject *module, PyObject *unused) {
     (void)module;
     (void)unused;
     return PyLong_FromLong(sl_parallel_default_threads());
-}
-
-PyObject *sl_py_build_info(PyObject *module, PyObject *unused) {
-    (void)module;
-    (void)unused;
-#if defined(__clang__)
-    const char *compiler = "clang " __clang_version__;
-#elif defined(__GNUC__)
-    const char *compiler = "gcc " __VERSION__;
-#else
-    const char *compiler = "unknown";
-#endif
-    return Py_BuildValue("{sssOsisi}", "compiler", compiler, "cuda", Py_False, "max_head_dim",
-                         (int)SL_MAX_HEAD_DIM, "max_threads", (int)SL_MAX_THREADS);
 }

@@ -23,8 +23,8 @@ static const struct sl_argument selected[] = {
 
 enum { N_ATTENDED = COUNT(attended), N_STEPPED = COUNT(stepped), N_SELECTED = COUNT(selected) };
 
-SL_OPERATION(h2o_decode);
-SL_OPERATION(h2o_select);
+SL_OPERATION(h2o_decode, sl_h2o_decode_args);
+SL_OPERATION(h2o_select, sl_h2o_select_args);
 
 PyObject *sl_py_h2o_decode(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
     struct sl_state *state = sl_state_of(module);
@@ -33,6 +33,7 @@ PyObject *sl_py_h2o_decode(PyObject *module, PyObject *const *args, Py_ssize_t n
         return NULL;
     }
     struct sl_h2o_decode_args op = {0};
+    struct sl_call call = {.state = state};
     struct sl_hold hold[N_ATTENDED + N_STEPPED] = {{0}};
     PyObject *const *counted = args + N_ATTENDED, *const *step = counted + 2,
                     *const *settings = step + N_STEPPED;
@@ -42,9 +43,9 @@ PyObject *sl_py_h2o_decode(PyObject *module, PyObject *const *args, Py_ssize_t n
         sl_read_int64(settings[0], "num_sinks", &op.n_sink) == 0 &&
         sl_read_double(settings[1], "scale", &op.scale) == 0 &&
         sl_read_threads(settings[2], &n_thread) == 0 &&
-        sl_borrow_arguments(state, attended, N_ATTENDED, args, &op, hold) == 0 &&
-        sl_borrow_arguments(state, stepped, N_STEPPED, step, &op, hold + N_ATTENDED) == 0) {
-        rc = sl_run(state, &h2o_decode, &op, n_thread, settings[3]);
+        sl_borrow_arguments(&call, attended, N_ATTENDED, args, &op, hold) == 0 &&
+        sl_borrow_arguments(&call, stepped, N_STEPPED, step, &op, hold + N_ATTENDED) == 0) {
+        rc = sl_run(&call, &h2o_decode, &op, n_thread, settings[3]);
     }
     return sl_finish(hold, N_ATTENDED + N_STEPPED, rc);
 }
@@ -55,13 +56,14 @@ PyObject *sl_py_h2o_select(PyObject *module, PyObject *const *args, Py_ssize_t n
         return NULL;
     }
     struct sl_h2o_select_args op = {0};
+    struct sl_call call = {.state = state};
     struct sl_hold hold[N_SELECTED] = {{0}};
     PyObject *const *settings = args + N_SELECTED;
     int n_thread, rc = -1;
     if (sl_read_int64(settings[0], "num_sinks", &op.n_sink) == 0 &&
         sl_read_threads(settings[1], &n_thread) == 0 &&
-        sl_borrow_arguments(state, selected, N_SELECTED, args, &op, hold) == 0) {
-        rc = sl_run(state, &h2o_select, &op, n_thread, settings[2]);
+        sl_borrow_arguments(&call, selected, N_SELECTED, args, &op, hold) == 0) {
+        rc = sl_run(&call, &h2o_select, &op, n_thread, settings[2]);
     }
     return sl_finish(hold, N_SELECTED, rc);
 }

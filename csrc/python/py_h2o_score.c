@@ -12,7 +12,7 @@ static const struct sl_argument arguments[] = {
 
 enum { N_TENSOR = sizeof arguments / sizeof *arguments, N_SETTINGS = 5 };
 
-SL_OPERATION(h2o_score);
+SL_OPERATION(h2o_score, sl_h2o_score_args);
 
 PyObject *sl_py_h2o_score(PyObject *module, PyObject *const *args, Py_ssize_t n_args) {
     struct sl_state *state = sl_state_of(module);
@@ -20,6 +20,7 @@ PyObject *sl_py_h2o_score(PyObject *module, PyObject *const *args, Py_ssize_t n_
         return NULL;
     }
     struct sl_h2o_score_args op = {0};
+    struct sl_call call = {.state = state};
     struct sl_hold hold[N_TENSOR] = {{0}};
     PyObject *const *settings = args + N_TENSOR;
     int n_thread, rc = -1;
@@ -27,8 +28,8 @@ PyObject *sl_py_h2o_score(PyObject *module, PyObject *const *args, Py_ssize_t n_
         sl_read_bool(settings[1], "mean", &op.mean) == 0 &&
         sl_read_double(settings[2], "scale", &op.scale) == 0 &&
         sl_read_threads(settings[3], &n_thread) == 0 &&
-        sl_borrow_arguments(state, arguments, N_TENSOR, args, &op, hold) == 0) {
-        rc = sl_run(state, &h2o_score, &op, n_thread, settings[4]);
+        sl_borrow_arguments(&call, arguments, N_TENSOR, args, &op, hold) == 0) {
+        rc = sl_run(&call, &h2o_score, &op, n_thread, settings[4]);
     }
     return sl_finish(hold, N_TENSOR, rc);
 }

@@ -39,6 +39,7 @@ PyObject *sl_py_pattern_mask(PyObject *module, PyObject *const *args, Py_ssize_t
     struct sl_pattern pattern;
     struct sl_tensor tensor;
     struct sl_hold hold;
+    struct sl_call call = {.state = sl_state_of(module)};
     if (sl_check_count("pattern_mask", n_args, 6) < 0 || sl_read_pattern(args + 1, &pattern) < 0) {
         return NULL;
     }
@@ -46,7 +47,7 @@ PyObject *sl_py_pattern_mask(PyObject *module, PyObject *const *args, Py_ssize_t
         PyErr_SetString(PyExc_TypeError, "output: expected an array, got None");
         return NULL;
     }
-    if (sl_borrow(sl_state_of(module), args[0], "output", &tensor, &hold) < 0) {
+    if (sl_borrow(&call, args[0], "output", &tensor, &hold) < 0) {
         return NULL;
     }
     const int rc = check_mask(&tensor);

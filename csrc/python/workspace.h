@@ -4,10 +4,10 @@
 
 #include "borrow.h"
 
-// n_byte bytes from allocate(n_byte), which must give writable contiguous uint8 on the CPU. *owner is a new
-// reference that keeps them and *hold what sl_release must give back; both are to be released also where this
-// returns NULL with an exception set.
-void *sl_allocate_workspace(struct sl_state *state, PyObject *allocate, int64_t n_byte, PyObject **owner,
+// n_byte bytes from allocate(n_byte), which must give writable contiguous uint8 on the call's device. *owner
+// is a new reference that keeps them and *hold what sl_release must give back; both are to be released also
+// where this returns NULL with an exception set.
+void *sl_allocate_workspace(struct sl_call *call, PyObject *allocate, int64_t n_byte, PyObject **owner,
                             struct sl_hold *hold);
 
 // An operation of core/ on its own struct of arguments.
@@ -16,10 +16,11 @@ struct sl_operation {
     int64_t (*workspace)(const void *args, int n_thread);
     enum sl_status (*compute)(const void *args, void *workspace, int64_t n_byte, int n_thread,
                               struct sl_error *err);
+    size_t stream; // where in the struct of arguments the stream stands
 };
 
-// Defines `stem` as the operation of sl_<stem>_check, sl_<stem>_workspace and sl_<stem>.
-#define SL_OPERATION(stem)                                                                                   \
+// Defines `stem` as the operation of sl_<stem>_check, sl_<stem>_workspace and sl_<stem> on struct arguments.
+#define SL_OPERATION(stem, arguments)                                                                        \
     static enum sl_status stem##_check(const void *args, struct sl_error *err) {                             \
         return sl_##stem##_check(args, err);                                                                 \
     }                                                                                                        \
@@ -30,11 +31,12 @@ struct sl_operation {
                                          struct sl_error *err) {                                             \
         return sl_##stem(args, workspace, n_byte, n_thread, err);                                            \
     }                                                                                                        \
-    static const struct sl_operation stem = {stem##_check, stem##_workspace, stem##_compute}
+    static const struct sl_operation stem = {stem##_check, stem##_workspace, stem##_compute,                 \
+                                             offsetof(struct arguments, stream)}
 
-// Checks args, then runs the operation without the GIL on scratch memory from allocate; 0, or -1 with an
-// exception.
-int sl_run(struct sl_state *state, const struct sl_operation *operation, const void *args, int n_thread,
+// Checks args, whose arrays were borrowed for the call, then runs the operation without the GIL on scratch
+// memory from allocate; 0, or -1 with an exception. On CUDA it returns when the work is on the call's stream.
+int sl_run(struct sl_call *call, const struct sl_operation *operation, void *args, int n_thread,
            PyObject *allocate);
 
 // Gives back n borrowed arrays: a method's end. None where rc is 0, NULL where it is -1.

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from . import file as cache_file
 from . import link as cache_link
 from .layer import H2OLayer
-from .moves import check_crop, crop, select_rows
+from .moves import check_crop, crop, move, select_rows
 from .record import moments
 from .rotary import refuse_config
 from .settings import Entries, check_shape, decoder_config, make_budgets, make_layers, make_settings
@@ -57,6 +57,10 @@ class H2OCache(Cache):
 
     Used with a model whose attention is not sinklora's, or in training mode, it raises a RuntimeError at the
     first forward.
+
+    On a GPU a forward of one token waits for nothing, so it does not see a mask that hides earlier tokens.
+    It does read its mask with record=True and in assisted generation. Longer forwards wait once for all
+    layers; beam search, crop and save wait too.
     """
 
     layers: list[H2OLayer]  # type: ignore[assignment]
@@ -213,18 +217,28 @@ class H2OCache(Cache):
         cache_file.write(path, self.layers)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], config: PreTrainedConfig | None = None) -> H2OCache:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> H2OCache:
         """The cache that was saved to path; it continues with the same bits.
 
         Args:
             config: the live config of the model that will use it, to check the cache against it here and at
                 each forward. Without one, what does not fit shows at the first forward.
+            device: where the model that will use it is; the CPU by default.
 
         Raises:
             ValueError: a file that is not a whole one of `save`, has unknown or inconsistent contents, or is
                 of a model of another shape; says what. OSError: it cannot be read.
         """
         layers = cache_file.read(path)
+        if device is not None:
+            for layer in layers:
+                move(layer, device)
         cache = cls.__new__(cls)
         Cache.__init__(cache, layers=list(layers))
         cache._config, cache._last = None, None

@@ -15,9 +15,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .. import torch_h2o
 from ..budget import Budget
+from .follow import Followed
+from .new import NewMask, NewTokens
 from .past import LastForward, gather_past
 from .record import Timeline
-from .rotary import Received, Rotary
+from .rotary import Rotary
 from .rows import RowCounts
 
 # A layer's tensors, all with the batch as their first dimension.
@@ -37,22 +39,7 @@ class Settings:
     record: bool = False
 
 
-@dataclasses.dataclass
-class NewTokens:
-    """What a forward brings to one layer.
-
-    query (B, H, n, D); key, value (B, Hkv, n, D); mask bool (B, n), True = kept, None where all are.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-    scale: float | None = None
-    rotation: Received | None = None  # what query and key were rotated with, where positions are ranks
-
-
-class H2OLayer(CacheLayerMixin):
+class H2OLayer(Followed, CacheLayerMixin):
     """Keys and values (B, Hkv, slots, D), a float32 score and an int32 position for each slot.
 
     The entries of a row stand in the slots 0 .. used, one of which is free: the next token goes there. The
@@ -69,6 +56,9 @@ class H2OLayer(CacheLayerMixin):
 
     rotary: Rotary | None = None  # where positions are ranks
     num_layers: int | None = None  # of the cache that this layer is one of
+    told: tuple[Tensor | None, NewMask] | None = (
+        None  # in the first layer: a forward's mask, and what it says
+    )
     is_compileable = False
     supports_early_init = False  # how many slots are needed shows with the first tokens
 
@@ -85,9 +75,8 @@ class H2OLayer(CacheLayerMixin):
         """Forgets all tokens and frees their memory."""
         for name in TENSORS:
             setattr(self, name, None)
-        self.counts = RowCounts([], [], [], [], [])
-        self.columns = 0  # tokens of a row so far, padding included
-        self.clean = 0  # of these the last ones among which no row has padding
+        self.forget()
+        self.told = None
         self.last: LastForward | None = None
         self._attended: tuple[Tensor, Tensor, Tensor] | None = None
         if self.timeline is not None:
@@ -172,13 +161,12 @@ class H2OLayer(CacheLayerMixin):
         if num_new == 1:
             self._make_room(new.key)
             output = self._step(new)
-            self.counts.step(None if new.mask is None else new.mask[:, 0].tolist())
+            self.follow_step(new.mask)
         else:
             with torch.inference_mode(False), torch.no_grad():
                 output = self._prompt(new)
-        self.clean = self.clean + num_new if new.mask is None else _clean_end(new.mask, self.clean)
-        self.columns += num_new
-        if self.recording and not self.counts.evicted and new.mask is None:
+        self.follow_columns(new.mask, num_new)
+        if self.recording and not self.counts.evicted and new.mask.tensor is None:
             self.last = LastForward(before, self._attended, new.scale)
         self._attended = None
         if self.timeline is not None:
@@ -194,7 +182,7 @@ class H2OLayer(CacheLayerMixin):
         output: Tensor = torch_h2o.h2o_decode(
             *(query, key, new.value),
             *(keys, self.values, self.scores, self.positions, self.free_slot, self.rows),
-            new_mask=new.mask,
+            new_mask=new.mask.tensor,
             num_sinks=self.budget.num_sink_tokens,
             mean=self.settings.group_reduction == "mean",
             scale=new.scale,
@@ -203,11 +191,10 @@ class H2OLayer(CacheLayerMixin):
 
     def _prompt(self, new: NewTokens) -> Tensor:
         """A forward of more than one token. The first copies no keys or values but those that stay."""
-        before = self.counts if self.is_initialized else RowCounts.empty(new.key.shape[0], self.budget)
-        num_new, heads = new.key.shape[2], new.key.shape[1]
-        kept = None if new.mask is None else new.mask.sum(1).tolist()
-        positions = before.positions(num_new, new.mask, new.key.device)[:, None].expand(-1, heads, -1)
-        key, value, mask = self._to_store(new), new.value, new.mask
+        before = self.counts_before(new.key.shape[0])
+        num_new, heads, mask = new.key.shape[2], new.key.shape[1], new.mask.tensor
+        positions = before.positions(num_new, mask, new.key.device)[:, None].expand(-1, heads, -1)
+        key, value = self._to_store(new), new.value
         past = gather_past(self, before) if before.most_used else None
         if past is not None:
             key, value = torch.cat([past.key, key], 2), torch.cat([past.value, value], 2)
@@ -216,7 +203,7 @@ class H2OLayer(CacheLayerMixin):
         output, scores = self._attend_prompt(new, key, value, mask)
         if past is not None:
             scores[:, :, : past.scores.shape[2]] += past.scores
-        counts = before.after_prompt(num_new, kept, self.budget)
+        counts = before.after_prompt(num_new, new.mask.counts, self.budget)
         rows = counts.tensor(key.device)
         keys, values, scores, positions = torch_h2o.h2o_select(
             *(key, value, scores, positions.contiguous(), rows),
@@ -269,11 +256,11 @@ class H2OLayer(CacheLayerMixin):
 
     def _make_room(self, like: Tensor) -> None:
         """Buffers with a slot for one more token in every row."""
-        if self.is_initialized and self.counts.most_used < self.keys.shape[2]:
+        if self.is_initialized and self.bounds.most_used < self.keys.shape[2]:
             return
         with torch.inference_mode(False), torch.no_grad():
             batch, heads, _, dim = like.shape
-            counts = self.counts if self.is_initialized else RowCounts.empty(batch, self.budget)
+            counts = self.bounds if self.is_initialized else RowCounts.empty(batch, self.budget)
             slots = counts.capacity(LEAST_GROWTH)
             keys = like.new_empty(batch, heads, slots, dim)
             values = torch.empty_like(keys)
@@ -291,9 +278,3 @@ class H2OLayer(CacheLayerMixin):
             ):
                 new[:, :, :old] = getattr(self, name)
                 setattr(self, name, new)
-
-
-def _clean_end(mask: Tensor, before: int) -> int:
-    """How many of the last columns are kept in every row, if it was `before` until these came."""
-    num_clean = int(mask.all(0).flip(0).long().cumprod(0).sum())
-    return num_clean + before if num_clean == mask.shape[1] else num_clean

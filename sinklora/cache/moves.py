@@ -1,4 +1,4 @@
-"""Changes of a cache's layer between forwards: other rows of the batch, and tokens taken back."""
+"""Changes of a cache's layer between forwards: other rows of the batch, tokens taken back, another device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .past import LastForward
 
 
 def select_rows(layer: H2OLayer, rows: Tensor) -> None:
-    """Makes row b of the layer what row rows[b] was; rows is int64 (new batch,) or bool (batch,)."""
+    """Makes row b of the layer what row rows[b] was; rows is int64 (new batch,) or bool (batch,).
+
+    Waits for the device where rows are on one, as beam search has them.
+    """
     if not layer.is_initialized:
         return
     with torch.inference_mode(False), torch.no_grad():
@@ -22,6 +25,17 @@ def select_rows(layer: H2OLayer, rows: Tensor) -> None:
     for name, tensor in found.items():
         setattr(layer, name, tensor)
     layer.counts, layer.timeline, layer.last = layer.counts.take(rows.tolist()), timeline, None
+
+
+def move(layer: H2OLayer, device: torch.device | str) -> None:
+    """Puts the layer's tensors on a device."""
+    if not layer.is_initialized:
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        for name in TENSORS:
+            setattr(layer, name, getattr(layer, name).to(device))
+        if layer.timeline is not None and layer.timeline.evicted_at is not None:
+            layer.timeline.evicted_at = layer.timeline.evicted_at.to(device)
 
 
 def check_crop(layer: H2OLayer, num_tokens: int) -> None:

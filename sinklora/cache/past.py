@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import cuda
 from .rows import RowCounts
 
 if TYPE_CHECKING:
@@ -49,14 +50,18 @@ def gather_past(layer: H2OLayer, counts: RowCounts) -> Past:
     most = counts.most_used
     mask = counts.mask(layer.keys.device)
     tensors = layer.keys, layer.values, layer.scores, layer.positions
-    front = layer.positions[:, :, :most]
-    in_order = (front[:, :, :1] >= 0).all() & (front[:, :, 1:] > front[:, :, :-1]).all()
-    if mask is None and bool(in_order):
+    if mask is None and cuda.readable(layer.positions) and bool(_in_order(layer.positions[:, :, :most])):
         key, value, scores, positions = (tensor[:, :, :most] for tensor in tensors)
         return Past(key, value, scores, positions, mask)
+    # Elsewhere looking would wait for the device, which copies faster than that.
     order = layer.positions.argsort(dim=2, stable=True)[:, :, -most:]  # -1, the unused, come first
     wide = order[..., None].expand(-1, -1, -1, layer.keys.shape[3])
     key, value, scores, positions = (
         tensor.gather(2, wide if tensor.ndim == 4 else order) for tensor in tensors
     )
     return Past(key, value, scores, positions, mask)
+
+
+def _in_order(positions: Tensor) -> Tensor:
+    """bool (): are all of them used, and do they ascend?"""
+    return (positions[:, :, :1] >= 0).all() & (positions[:, :, 1:] > positions[:, :, :-1]).all()

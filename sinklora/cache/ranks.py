@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget
-from .layer import H2OLayer, NewTokens, Settings
+from .layer import H2OLayer, Settings
+from .new import NewTokens
 from .rotary import Rotary, rotate, unrotate
 
 
@@ -23,7 +24,7 @@ class RankedLayer(H2OLayer):
         super().__init__(index, budget, settings)
 
     def reach(self, num_new: int) -> int:
-        return self.counts.most_used + num_new
+        return self.bounds.most_used + num_new
 
     def _to_store(self, new: NewTokens) -> Tensor:
         return self._plain(new, new.key).to(new.key.dtype)
@@ -46,10 +47,8 @@ class RankedLayer(H2OLayer):
             ranks = torch.arange(num_keys, device=key.device)[None]
         else:
             ranks = (mask.cumsum(1) - 1).clamp(min=0)
-        if num_new == num_keys:
-            there = new.rotation.positions == ranks
-            if bool((there if mask is None else there | ~mask).all()):
-                return self._run_prompt(new.query, new.key, value, mask, new.scale)  # rotated so already
+        if num_new == num_keys and new.rotation.stands_at(ranks, mask):
+            return self._run_prompt(new.query, new.key, value, mask, new.scale)  # rotated so already
         query = self._turned(
             self._plain(new, new.query), ranks[:, None, num_keys - num_new :], num_keys, new.query.dtype
         )
@@ -63,7 +62,7 @@ class RankedLayer(H2OLayer):
             places = torch.arange(slots, device=order.device).expand_as(order)
             unused = (self.positions < 0).sum(2, keepdim=True)
             ranks = (torch.empty_like(order).scatter_(2, order, places) - unused).clamp(min=0)
-            rank = torch.tensor(self.counts.used, device=order.device)[:, None, None]
+            rank = self.rows[:, 1].long()[:, None, None]  # USED, of csrc/core/h2o.h
             plain = self._to_store(new)
             keys = self._turned(self.keys, ranks, slots, self.keys.dtype)
             key = self._turned(plain, rank, slots, plain.dtype)

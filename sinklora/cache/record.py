@@ -59,7 +59,7 @@ class Timeline:
         at = self.evicted_at[row, :, :seen]
         kept = ((at < 0) | (at > seen)).long()
         order = kept.argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
-        return torch.where(kept.gather(1, order) > 0, order, -1).numpy()
+        return torch.where(kept.gather(1, order) > 0, order, -1).cpu().numpy()
 
     def crop(self, seen: list[int]) -> None:
         """Tokens were taken back, so that rows have seen so many now; none had been evicted."""
@@ -90,7 +90,7 @@ def moments(
     timeline = layer.timeline
     if timeline is None:
         positions, scores = layer.entries()
-        return [layer.counts.seen[row]], [positions[row].numpy()], scores[row].numpy()
+        return [layer.counts.seen[row]], [positions[row].cpu().numpy()], scores[row].cpu().numpy()
     step = -(-len(timeline.seen) // MOST_MOMENTS)
     chosen = [*range(len(timeline.seen) - 1, -1, -step)][::-1]
     seen = [timeline.seen[moment][row] for moment in chosen]

@@ -6,10 +6,11 @@ that defines the layer, made from the layer's config: the same numbers that the 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,21 @@ _SUFFIX, _FUNCTION = "RotaryEmbedding", "apply_rotary_pos_emb"
 _WHY = 'positions: "cache" '
 
 
-class Received(NamedTuple):
-    """The rotation that a layer's new tokens came with: float32 (B or 1, n, rotary dim) each."""
+@dataclasses.dataclass
+class Received:
+    """The rotation that a forward's new tokens came with: float32 (B or 1, n, rotary dim) each."""
 
     cos: Tensor
     sin: Tensor
     positions: Tensor  # int64 (B or 1, n)
+    _stands: bool | None = None
+
+    def stands_at(self, ranks: Tensor, mask: Tensor | None) -> bool:
+        """Are the positions of the kept tokens these? They are the same for all layers: asked only once."""
+        if self._stands is None:
+            there = self.positions == ranks
+            self._stands = bool((there if mask is None else there | ~mask).all())
+        return self._stands
 
 
 class Rotary:

@@ -25,6 +25,9 @@ class RowCounts:
     budget: list[int]  # heavy + recent + sinks
     recent: list[int]
     evicted: bool = False  # was anything ever evicted, in any row?
+    # Steps since then whose masks were not read: until `settle`, most_used and capacity take their tokens for
+    # kept, the other numbers are as they were.
+    unread: int = 0
 
     @classmethod
     def empty(cls, batch: int, budget: Budget) -> RowCounts:
@@ -37,10 +40,15 @@ class RowCounts:
 
     @property
     def most_used(self) -> int:
+        if self.unread:
+            return max(min(a + self.unread, b) for a, b in zip(self.used, self.budget, strict=True))
         return max(self.used, default=0)
 
-    def step(self, kept: Sequence[bool] | None) -> None:
+    def step(self, kept: Sequence[int] | None) -> None:
         """After a forward of one token, which is padding in the rows that are not kept."""
+        if self.unread and kept is None:  # in order: these come after those
+            self.unread += 1
+            return
         for b in range(len(self.seen)):
             if kept is None or kept[b]:
                 self.seen[b] += 1
@@ -48,6 +56,16 @@ class RowCounts:
                     self.used[b] += 1
                 else:
                     self.evicted = True
+
+    def settle(self, seen: Sequence[int]) -> None:
+        """After unread steps: each row has now seen so many tokens."""
+        if not self.unread:
+            return
+        for b, number in enumerate(seen):
+            there = self.used[b] + number - self.seen[b]
+            self.seen[b], self.used[b] = number, min(there, self.budget[b])
+            self.evicted = self.evicted or there > self.budget[b]
+        self.unread = 0
 
     def after_prompt(self, num_new: int, kept: Sequence[int] | None, budget: Budget) -> RowCounts:
         """The counts after a forward of more than one token and its eviction; kept: how many in each row."""

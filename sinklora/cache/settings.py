@@ -75,7 +75,7 @@ def make_layers(budgets: Sequence[Budget], settings: Settings) -> list[H2OLayer]
         rotary = Rotary()
         layers = [RankedLayer(i, budget, settings, rotary) for i, budget in enumerate(budgets)]
     for layer in layers:
-        layer.num_layers = len(layers)
+        layer.num_layers, layer.first = len(layers), layers[0]
     return layers
 
 

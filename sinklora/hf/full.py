@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .. import torch_h2o, torch_ops
+from .. import cuda, torch_h2o, torch_ops
 from ..pattern import SFPattern
 from .masks import Rows, dense_mask, find_rows, past_mask
 
@@ -74,7 +74,7 @@ def kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Can our kernel run here? SDPA is used where it cannot (other devices, float64, odd sizes)."""
     dim = query.shape[-1]
     return (
-        query.device.type == "cpu"
+        cuda.takes(query.device)
         and all(tensor.dtype in _KERNEL_DTYPES for tensor in (query, key, value))
         and dim % 8 == 0
         and 0 < dim <= 256
@@ -140,10 +140,11 @@ def needs_grad(*tensors: Tensor) -> bool:
 
 
 def _is_packed(rows: Rows) -> bool:
-    """May a row be more than one sequence? Positions are not read within a graph: there, they may."""
+    """May a row be more than one sequence? Where positions are not read it may: the kernel sees."""
     if rows.cu_seqlens is not None or rows.position_ids is None:
         return rows.cu_seqlens is not None
-    return torch.compiler.is_compiling() or bool((torch.diff(rows.position_ids, dim=1) <= 0).any())
+    positions = rows.position_ids
+    return not cuda.readable(positions) or bool((torch.diff(positions, dim=1) <= 0).any())
 
 
 def _refuse_packed(kwargs: dict[str, Any]) -> None:

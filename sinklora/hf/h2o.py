@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache.layer import H2OLayer, NewTokens
+from .. import cuda
+from ..cache.layer import H2OLayer
+from ..cache.new import NewMask, NewTokens, read_mask
 from ..cache.ranks import RankedLayer
 from .full import aligned, as_module_output, needs_grad
 from .masks import padding_of_dense
@@ -46,10 +48,10 @@ def h2o_attention(
             _check_layers(layer, module.config)
             sliding_window = sliding_window or _window_of_later_layers(module.config)
         _refuse(layer, num_new, causal, eval_attention, sliding_window, position_bias, kwargs)
-        mask = _mask_of_new(layer, attention_mask, num_new, kwargs)
+        mask = _told(layer, attention_mask, num_new, kwargs)
         new = NewTokens(*aligned(module, query, key, value), mask, scaling)
         if isinstance(layer, RankedLayer):
-            positions = _positions(layer, mask, num_new, kwargs, key.device)
+            positions = _positions(layer, mask.tensor, num_new, kwargs, key.device)
             new.rotation = layer.rotary.received(module, layer.index, positions, key)
         output = layer.attend(new)
         if needs_grad(query, key, value) and not output.requires_grad:
@@ -125,35 +127,38 @@ def _refuse(
         )
 
 
-def _mask_of_new(layer: H2OLayer, mask: Tensor | None, num_new: int, kwargs: dict[str, Any]) -> Tensor | None:
-    """The bool (B, n) mask of the new tokens, None where all are kept."""
-    if mask is not None and mask.ndim > 2 and layer.columns == 0:
-        mask = padding_of_dense(mask, num_new)
-        if mask is None:
+def _told(layer: H2OLayer, mask: Tensor | None, num_new: int, kwargs: dict[str, Any]) -> NewMask:
+    """Which of the new tokens are kept: read by the first layer, for all that get the same mask."""
+    first = layer if layer.first is None else layer.first
+    told = first.told
+    if layer is first or told is None or told[0] is not mask:
+        told = mask, _mask_of_new(layer, mask, num_new, kwargs)
+    first.told = None if layer.index + 1 == layer.num_layers else told
+    return told[1]
+
+
+def _mask_of_new(layer: H2OLayer, mask: Tensor | None, num_new: int, kwargs: dict[str, Any]) -> NewMask:
+    if mask is None:
+        _refuse_restarts(layer, num_new, kwargs)
+        return NewMask()
+    if mask.ndim > 2 and layer.columns == 0:
+        padding = padding_of_dense(mask, num_new)
+        if padding is None:
             raise NotImplementedError(_DENSE)
-    if mask is not None and mask.ndim != 2:
+        mask = padding
+    if mask.ndim != 2:
         raise NotImplementedError(_DENSE)
-    if mask is not None:
-        return _last_columns(layer, mask, num_new)
-    position_ids: Any = kwargs.get("position_ids")
-    told = layer.index == 0 and position_ids is not None and position_ids.ndim == 2
-    if told and bool((torch.diff(position_ids, dim=1) <= 0).any()):
-        raise NotImplementedError(
-            "position_ids: expected positions that ascend, as rows of an H2OCache are one sequence each, "
-            "got some that restart (packed rows); pass them as padded rows of a batch"
-        )
-    return None
-
-
-def _last_columns(layer: H2OLayer, mask: Tensor, num_new: int) -> Tensor | None:
-    """The part of a 2D mask that is of the new tokens, None where all are kept."""
     if mask.shape[1] != layer.columns + num_new:
         raise ValueError(
             f"attention_mask: expected columns for all {layer.columns + num_new} tokens so far, the "
             f"{num_new} new ones included, got {mask.shape[1]}"
         )
+    mask = mask.to(torch.bool)
+    followed = num_new > 1 or layer.recording or layer.timeline is not None
+    if not followed and not cuda.readable(mask):
+        return NewMask(mask[:, layer.columns :], whole=mask)
+    shown, new = read_mask(mask, layer.columns)
     if layer.index == 0 and layer.columns:
-        shown = mask[:, : layer.columns].sum(1).tolist()
         for row, (number, seen) in enumerate(zip(shown, layer.counts.seen, strict=False)):
             if number < seen:
                 raise NotImplementedError(
@@ -161,8 +166,18 @@ def _last_columns(layer: H2OLayer, mask: Tensor, num_new: int) -> Tensor | None:
                     f"got a mask that keeps {number} of the {layer.columns} past columns; leave their "
                     "columns as they were, and start anew with cache.reset() to hide some"
                 )
-    new = mask[:, layer.columns :]
-    return None if bool(new.all()) else new.to(torch.bool)
+    return new
+
+
+def _refuse_restarts(layer: H2OLayer, num_new: int, kwargs: dict[str, Any]) -> None:
+    """NotImplementedError for packed rows; reads positions, once for each forward of more than one token."""
+    position_ids: Any = kwargs.get("position_ids")
+    told = layer.index == 0 and num_new > 1 and position_ids is not None and position_ids.ndim == 2
+    if told and bool((torch.diff(position_ids, dim=1) <= 0).any()):
+        raise NotImplementedError(
+            "position_ids: expected positions that ascend, as rows of an H2OCache are one sequence each, "
+            "got some that restart (packed rows); pass them as padded rows of a batch"
+        )
 
 
 def _positions(

@@ -8,11 +8,14 @@ mask that "sdpa" would get.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .. import cuda
 
 # What create_*_mask of transformers combines with and_masks: packing, and the sliding window or chunk
 # overlay.
@@ -134,8 +137,7 @@ def _fit_past(mask: torch.Tensor, kv_offset: int, n_key: int, may_drop: bool) ->
             f"the cache included, got shape {tuple(mask.shape)}"
         )
     part = mask[:, kv_offset : kv_offset + n_key].to(torch.bool)
-    may_drop = may_drop and part.device.type == "cpu" and not torch.compiler.is_compiling()
-    return None if may_drop and bool(part.all()) else part
+    return None if may_drop and cuda.readable(part) and bool(part.all()) else part
 
 
 def past_mask(
@@ -209,9 +211,23 @@ def padding_of_dense(mask: torch.Tensor, num_tokens: int) -> torch.Tensor | None
     """The bool (B, N) padding mask that a dense mask (B, 1, N, N), bool or additive, means; None if it means
     more.
 
-    Accepted is exactly "key j is kept and j <= i" in the rows of kept tokens. Reads the values (a device
-    sync).
+    Accepted is exactly "key j is kept and j <= i" in the rows of kept tokens. Reads the values, which waits
+    for the device: once for a mask that all layers get.
     """
+    global _dense  # noqa: PLW0603 - the last answer
+    if cuda.readable(mask) or mask.is_inference():
+        return _read_dense(mask, num_tokens)
+    last = _dense
+    if last is None or last[0]() is not mask or last[1:3] != (mask._version, num_tokens):
+        last = _dense = weakref.ref(mask), mask._version, num_tokens, _read_dense(mask, num_tokens)
+    return last[3]
+
+
+# The mask that padding_of_dense answered about last, its version, the tokens, and the answer.
+_dense: tuple[weakref.ref[torch.Tensor], int, int, torch.Tensor | None] | None = None
+
+
+def _read_dense(mask: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (num_tokens, num_tokens):
         return None
     allowed = mask if mask.dtype == torch.bool else mask == 0
