@@ -1,10 +1,11 @@
 """How fast is one attention call? sinklora against torch's ways, taking turns in one process.
 
 usage: python benchmarks/bench_attention.py [--quick] [--output benchmarks/results/DATE-attention.csv]
+       python benchmarks/bench_attention.py --device cuda [--output .../DATE-attention-cuda.csv]
 
 Prints a table (medians, quartiles, GFLOP/s of each function's own allowed pairs, share of the torch.mm rate
 measured in the same rounds, peak extra memory) and the bars with pass or fail. What each rival computes:
-rivals.py.
+rivals.py. On a CUDA device the rivals run over each of SDPA's backends, with cold and warm L2 (device.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import argparse
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import device
+import device_attention
 import machine
 import memory
 import report
@@ -233,15 +237,21 @@ def measure_dtype(dtype: str, names: list[str], options: argparse.Namespace) -> 
     return rows
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default cpu)")
+    on_device = first.parse_known_args(given)[0].device == "cuda"
+    names = device_attention.NAMES if on_device else NAMES
+    shapes = device_attention.SHAPES if on_device else SHAPES
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, parents=[first])
     add = parser.add_argument
-    add("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
-    add("--shapes", nargs="*", default=list(SHAPES), help=f"H/Hkv/N/D/G; default {' '.join(SHAPES)}")
-    add("--long-shapes", nargs="*", default=list(LONG_SHAPES), help="forward+backward, fewer rounds")
-    add("--candidates", nargs="+", default=list(NAMES), choices=NAMES, help="default: all")
-    add("--rounds", type=int, default=7, help="samples of each candidate (default 7)")
+    add("--dtypes", nargs="+", default=["bfloat16"] if on_device else ["float32", "bfloat16", "float16"])
+    add("--shapes", nargs="*", default=list(shapes), help=f"H/Hkv/N/D/G; default {' '.join(shapes)}")
+    add("--long-shapes", nargs="*", default=list(LONG_SHAPES), help="forward+backward, fewer rounds (CPU)")
+    add("--candidates", nargs="+", default=list(names), choices=names, help="default: all")
+    rounds = 50 if on_device else 7
+    add("--rounds", type=int, default=rounds, help=f"samples of each candidate (default {rounds})")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own")
     add("--limit", type=float, default=30.0, help="leave out calls of more seconds (default 30)")
     add("--keep-disturbed", action="store_true", help="keep samples during which other processes were busy")
@@ -249,10 +259,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-tiny", action="store_true", help="do not time the tiny call")
     add("--quick", action="store_true", help="small shapes, 3 rounds, no FlexAttention: tries the script out")
     add("--output", type=Path, help="CSV file to write; default: none")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads: expected at least 1")
-    if options.quick:
+    if on_device:
+        if options.quick:
+            options.shapes, options.rounds = list(device_attention.QUICK_SHAPES), 3
+        if reason := device.refusal():
+            parser.error(reason)
+    elif options.quick:
         options.dtypes, options.rounds = ["float32", "bfloat16"], 3
         options.shapes, options.long_shapes = ["8/2/1024/64/256"], ["8/2/2048/64/256"]
         options.candidates = [name for name in options.candidates if name != "flex"]
@@ -261,6 +276,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    if options.device == "cuda":
+        device_attention.main(options)
+        return
     torch.set_num_threads(options.threads)
     sinklora.set_num_threads(options.threads)
     facts = machine.describe(options.threads)

@@ -1,6 +1,7 @@
 """How fast and how small is the heavy-hitter (H2O) cache? Its operations and a whole model, beside torch's.
 
 usage: python benchmarks/bench_h2o.py [--bars] [--quick] [--output benchmarks/results/DATE-h2o.csv]
+       python benchmarks/bench_h2o.py --device cuda [--output .../DATE-h2o-cuda.csv]
 
 prompt       causal attention with the scores of every key, and its two parts, against eager attention with
              column sums and against SDPA, which has no scores; peak extra memory of each
@@ -10,7 +11,8 @@ model's ...  a random LLaMA in bfloat16 with a prompt: the prompt, then tokens o
              and with budgets; bytes that the cache holds, and peak memory
 
 Prints a table (medians of interleaved runs) and the bars with pass or fail. --bars measures only what the
-bars need and exits with status 1 where one fails. What each rival computes: rivals_h2o.py.
+bars need and exits with status 1 where one fails. What each rival computes: rivals_h2o.py. On a CUDA device:
+prompts and steps (device_h2o.py), no whole model.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import device
+import device_h2o
 import h2o_model
 import h2o_rows
 import machine
@@ -146,15 +150,20 @@ def plan(options: argparse.Namespace) -> list[tuple[str, Case]]:
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default cpu)")
+    on_device = first.parse_known_args(given)[0].device == "cuda"
+    tokens, slots = (device_h2o.TOKENS, device_h2o.SLOTS) if on_device else (TOKENS, SLOTS)
+    rounds = 50 if on_device else 7
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, parents=[first])
     add = parser.add_argument
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    add("--tokens", type=int, nargs="*", default=list(TOKENS), help="lengths of prompts")
-    add("--slots", type=int, nargs="*", default=list(SLOTS), help="sizes of caches to decode over")
+    add("--dtypes", nargs="+", default=["bfloat16"] if on_device else ["float32", "bfloat16"])
+    add("--tokens", type=int, nargs="*", default=list(tokens), help="lengths of prompts")
+    add("--slots", type=int, nargs="*", default=list(slots), help="sizes of caches to decode over")
     add(
         "--caches", nargs="*", default=list(h2o_model.WAYS), choices=h2o_model.WAYS, help="of the whole model"
     )
-    add("--rounds", type=int, default=7, help="samples of each (default 7; fewer of what takes long)")
+    add("--rounds", type=int, default=rounds, help=f"of each (default {rounds}; fewer of what takes long)")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own")
     add("--limit", type=float, default=20.0, help="leave out calls of more seconds (default 20)")
     add("--keep-disturbed", action="store_true", help="keep samples during which other processes were busy")
@@ -170,6 +179,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if options.quick:
         options.tokens, options.slots, options.rounds = [256], [128], 2
         options.model = QUICK_MODEL
+    if on_device and (reason := device.refusal()):
+        parser.error(reason)
     if options.bars:
         options.caches = [way for way in options.caches if way in (h2o_rows.DYNAMIC, h2o_rows.FIFTH)]
     return options
@@ -177,6 +188,8 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
+    if options.device == "cuda":
+        return device_h2o.main(options)
     if options.worker:
         work(*options.worker)
         return 0

@@ -46,6 +46,7 @@ class Case:
     num_kv_heads: int
     num_tokens: int
     head_dim: int
+    device: str = "cpu"
 
     @classmethod
     def parse(cls, dtype: str, shape: str) -> Case:
@@ -74,12 +75,14 @@ class Case:
 
     def random(self, heads: int, tokens: int) -> Tensor:
         """(1, heads, tokens, D), in memory (1, tokens, heads, D) as a model makes it."""
-        x = torch.empty(1, tokens, heads, self.head_dim, dtype=self.torch_dtype)
-        return x.normal_().transpose(1, 2)
+        shape = (1, tokens, heads, self.head_dim)
+        return torch.empty(shape, dtype=self.torch_dtype, device=self.device).normal_().transpose(1, 2)
 
 
-def last_level_cache_bytes() -> int:
-    """Of the processor; 64 MiB where the system does not say."""
+def last_level_cache_bytes(device: str = "cpu") -> int:
+    """Of the processor, 64 MiB where the system does not say; of a CUDA device, L2."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties().L2_cache_size)
     sizes = [64 * 2**20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -93,7 +96,7 @@ def num_cold_caches(case: Case) -> int:
 
     Three times the last level would not do: its replacement is no strict queue, and parts survive a sweep.
     """
-    return max(2, math.ceil(6 * last_level_cache_bytes() / case.cache_bytes()))
+    return max(2, math.ceil(6 * last_level_cache_bytes(case.device) / case.cache_bytes()))
 
 
 def skip_reason(way: str, case: Case) -> str:
@@ -133,7 +136,7 @@ def step_call(way: str, case: Case, num_caches: int) -> Call:
     query = case.random(case.num_heads, 1)
     new_key, new_value = (case.random(case.num_kv_heads, 1) for _ in range(2))
     if way in READS:
-        floats = torch.ones(num_caches * case.cache_bytes() // 4)
+        floats = torch.ones(num_caches * case.cache_bytes() // 4, device=case.device)
         return floats.amax if way == READS[0] else floats.sum
     # The published way keeps no free slot: it has one entry less and adds the new one to its end.
     entries = _entries(case, case.num_tokens - (way == "published"))
@@ -148,14 +151,15 @@ def step_call(way: str, case: Case, num_caches: int) -> Call:
 def _entries(case: Case, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """key, value (1, Hkv, slots, D), scores float32 (1, Hkv, slots)."""
     shape = (1, case.num_kv_heads, slots)
-    key, value = (torch.randn(*shape, case.head_dim).to(case.torch_dtype) for _ in range(2))
-    return key, value, torch.rand(shape)
+    entries = (*shape, case.head_dim)
+    key, value = (torch.randn(entries, device=case.device).to(case.torch_dtype) for _ in range(2))
+    return key, value, torch.rand(shape, device=case.device)
 
 
 def _slots(case: Case, key: Tensor, value: Tensor, scores: Tensor) -> rivals_h2o.Slots:
     slots = key.shape[2]
-    positions = torch.arange(slots).expand(1, case.num_kv_heads, slots).contiguous()
-    free = torch.zeros(1, case.num_kv_heads, 1, dtype=torch.int64)
+    positions = torch.arange(slots, device=case.device).expand(1, case.num_kv_heads, slots).contiguous()
+    free = torch.zeros(1, case.num_kv_heads, 1, dtype=torch.int64, device=case.device)
     return rivals_h2o.Slots(key, value, scores, positions, free, slots, (slots - 1) // 2)
 
 
@@ -170,6 +174,7 @@ def _our_step(
     free_slot = torch.zeros(1, case.num_kv_heads, dtype=torch.int32)
     budget = slots - 1
     rows = torch.tensor([[slots, budget, budget, budget // 2]], dtype=torch.int32)
+    positions, free_slot, rows = (x.to(case.device) for x in (positions, free_slot, rows))
 
     def step(query: Tensor, new_key: Tensor, new_value: Tensor) -> Tensor:
         return h2o_decode(query, new_key, new_value, key, value, scores, positions, free_slot, rows)

@@ -52,24 +52,39 @@ def _version(package: str) -> str:
         return ""
 
 
+def date() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def commit() -> dict[str, str]:
+    """Columns "commit" and "dirty" of the tree."""
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        # Results are what a run writes; they do not change what was measured.
+        "dirty": str(bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))).lower(),
+    }
+
+
+def system() -> str:
+    return f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
+
+
 def describe(threads: int) -> dict[str, str]:
     """Column name -> value: date (UTC), machine, commit, versions."""
     import sinklora
 
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": date(),
         "cpu": cpu_name(),
         "cpus": str(os.cpu_count()),
         "cpu_level": str(sinklora.info()["cpu_level"]),
         "amx": str(has_amx()).lower(),
         "threads": str(threads),
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
-        # Results are what a run writes; they do not change what was measured.
-        "dirty": str(bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results"))).lower(),
+        **commit(),
         "sinklora": sinklora.__version__,
         "torch": _version("torch"),
         "transformers": _version("transformers"),
         "numpy": _version("numpy"),
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
+        "system": system(),
     }

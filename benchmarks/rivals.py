@@ -12,6 +12,8 @@ flex
     FlexAttention, compiled, with SF-Attn's pattern as block mask: the same function, sinks included. On CPUs
     torch has no backward for it.
 
+On a CUDA device the S2 forms and dense run over both of SDPA's backends FLASH and CUDNN: device_attention.py.
+
 Forms tried for S2 on an AMD EPYC of family 26, 2 threads, torch 2.13, N=4096 G=2048 H=8 D=128, a quarter
 of the heads shifted; medians of 5 interleaved rounds in ms (bench_rivals.py makes such a table on yours):
 
@@ -153,7 +155,9 @@ def flex_mask(pattern: SFPattern, num_heads: int) -> Callable[..., torch.Tensor]
     return allowed
 
 
-def flex(pattern: SFPattern, num_heads: int, num_kv_heads: int, num_tokens: int) -> Attention:
+def flex(
+    pattern: SFPattern, num_heads: int, num_kv_heads: int, num_tokens: int, device: str = "cpu"
+) -> Attention:
     """Compiled FlexAttention with SF-Attn's pattern; the compilation itself happens at the first call.
 
     Finding the blocks takes dense (N, N) tensors: once for each kind of head, not for all heads at once.
@@ -168,9 +172,10 @@ def flex(pattern: SFPattern, num_heads: int, num_kv_heads: int, num_tokens: int)
     for head in {0, num_heads - 1}:
 
         def of_head(batch: torch.Tensor, _: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-            return allowed(batch, torch.tensor(head), i, j)  # noqa: B023 - called within this turn of the loop
+            here = torch.tensor(head, device=i.device)  # noqa: B023 - called within this turn of the loop
+            return allowed(batch, here, i, j)
 
-        kinds[head] = create_block_mask(of_head, None, None, num_tokens, num_tokens, device="cpu")
+        kinds[head] = create_block_mask(of_head, None, None, num_tokens, num_tokens, device=device)
     first = num_heads - num_shifted_heads(num_heads, pattern.shifted_fraction)
     parts = [kinds[0 if head < first else num_heads - 1] for head in range(num_heads)]
 

@@ -70,7 +70,7 @@ def prompt_eager(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     batch, _, tokens, dim = query.shape
     kv_heads = key.shape[1]
     logits = grouped(query * (1 / math.sqrt(dim)), kv_heads) @ key.transpose(2, 3)
-    mask = torch.full((tokens, tokens), -math.inf, dtype=query.dtype).triu_(1)
+    mask = torch.full((tokens, tokens), -math.inf, dtype=query.dtype, device=query.device).triu_(1)
     logits.view(batch, kv_heads, -1, tokens, tokens).add_(mask)
     probability = logits.softmax(-1, dtype=torch.float32)
     output = probability.to(query.dtype) @ value
@@ -82,8 +82,9 @@ def prompt_chunked(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     batch, heads, tokens, dim = query.shape
     kv_heads = key.shape[1]
     output = torch.empty_like(query)
-    scores = torch.zeros(batch, kv_heads, tokens)
-    future = torch.ones(QUERIES_PER_CHUNK, QUERIES_PER_CHUNK, dtype=torch.bool).triu_(1)
+    scores = torch.zeros(batch, kv_heads, tokens, device=query.device)
+    square = (QUERIES_PER_CHUNK, QUERIES_PER_CHUNK)
+    future = torch.ones(square, dtype=torch.bool, device=query.device).triu_(1)
     for begin in range(0, tokens, QUERIES_PER_CHUNK):
         end = min(begin + QUERIES_PER_CHUNK, tokens)
         size = end - begin
@@ -190,8 +191,8 @@ def step_published(slots: Slots, query: Tensor, new_key: Tensor, new_value: Tens
     scores[:, :, :-1] += slots.scores
     heavy = tokens - 1 - slots.recent
     top = scores[:, :, : tokens - slots.recent].topk(heavy, dim=2).indices.sort().values
-    newest = torch.arange(tokens - slots.recent, tokens).expand(batch, kv_heads, -1)
-    keep = torch.zeros(scores.shape, dtype=torch.bool).scatter_(2, torch.cat((top, newest), 2), True)
+    newest = torch.arange(tokens - slots.recent, tokens, device=key.device).expand(batch, kv_heads, -1)
+    keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, torch.cat((top, newest), 2), True)
     slots.key, slots.value = (x[keep].view(batch, kv_heads, tokens - 1, dim) for x in (key, value))
     slots.scores = scores[keep].view(batch, kv_heads, tokens - 1)
     slots.seen += 1

@@ -70,11 +70,12 @@ class Inputs:
     grad_output: torch.Tensor
 
     @classmethod
-    def of(cls, case: Case, seed: int = 0) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+    def of(cls, case: Case, seed: int = 0, device: str = "cpu") -> Inputs:
+        generator = torch.Generator(device).manual_seed(seed)
 
         def make(heads: int) -> torch.Tensor:
-            x = torch.empty(1, case.num_tokens, heads, case.head_dim, dtype=case.torch_dtype)
+            shape = (1, case.num_tokens, heads, case.head_dim)
+            x = torch.empty(shape, dtype=case.torch_dtype, device=device)
             return x.normal_(generator=generator).transpose(1, 2)
 
         heads, kv_heads = case.num_heads, case.num_kv_heads
