@@ -48,12 +48,13 @@ def torch_rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# The emulator's slower builds take every third case of each test, not the same ones; "race" runs them all.
-_SHARE = {"hook": 0, "asan": 1}
+# The emulator's builds that are ten times slower take every twelfth case of each test and at least one, not
+# the same ones, and none of those marked race_only; "race" runs them all.
+_SHARE, _FIRST = 12, {"hook": 0, "asan": 1}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    first = _SHARE.get(os.environ.get("SINKLORA_EMULATOR", ""))
+    first = _FIRST.get(os.environ.get("SINKLORA_EMULATOR", ""))
     if first is None:
         return
     seen: Counter[str] = Counter()
@@ -61,7 +62,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: list[pytest.Item] = []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        if seen[test] % 3 == first % cases[test]:
+        if seen[test] % _SHARE == first % min(cases[test], _SHARE) and not item.get_closest_marker(
+            "race_only"
+        ):
             kept.append(item)
         seen[test] += 1
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

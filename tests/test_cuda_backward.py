@@ -71,6 +71,7 @@ LARGER = (
 
 
 @pytest.mark.parametrize("shape", LARGER, ids=str)
+@pytest.mark.race_only
 def test_accuracy_rule_in_both_forms(shape: Case) -> None:
     check_rule(shape, torch.bfloat16)
 
@@ -258,6 +259,7 @@ POISONED = (
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", POISONED, ids=str)
+@pytest.mark.race_only
 def test_no_bit_of_a_gradient_leaks(shape: Case, form: str, torch_rng: torch.Generator) -> None:
     inputs = shape.inputs(torch.bfloat16, torch_rng)
     clean = run(*inputs[:3], shape.pattern, inputs.grad, form)

@@ -58,6 +58,7 @@ LONG = (
 
 
 @pytest.mark.parametrize("shape", LONG, ids=str)
+@pytest.mark.race_only
 def test_gradients_of_sinks_that_many_queries_see(shape: Case, torch_rng: torch.Generator) -> None:
     """Their sums are cut into windows of queries."""
     given = shape.inputs(F32, torch_rng)
@@ -112,6 +113,7 @@ PATTERNS = {"causal": SFPattern(24, 4, 0.5), "both ways": SFPattern(30, 2, 0.5, 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize(("options", "places"), SEQUENCES.values(), ids=SEQUENCES)
+@pytest.mark.race_only
 def test_sequences_equal_each_alone(
     options: dict[str, Tensor], places: list[list[Tensor]], pattern: SFPattern, torch_rng: torch.Generator
 ) -> None:
@@ -143,6 +145,7 @@ def test_sequences_equal_each_alone(
 
 
 @pytest.mark.parametrize("shape", POISONED, ids=str)
+@pytest.mark.race_only
 def test_no_bit_leaks_from_what_a_row_may_not_see(shape: Case, torch_rng: torch.Generator) -> None:
     given = shape.inputs(F32, torch_rng)
     clean = compute(given, shape.pattern)
@@ -177,6 +180,7 @@ def test_layouts(layout: Callable[[Tensor], Tensor], torch_rng: torch.Generator)
     assert_equal(Result(want.output, *gradients, want.lse), want)
 
 
+@pytest.mark.race_only
 def test_every_order_of_threads_gives_the_same_bits(torch_rng: torch.Generator) -> None:
     shape = case((1, 4, 2, 600, 16), 100, sinks=2)
     given = shape.inputs(F32, torch_rng)

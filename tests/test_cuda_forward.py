@@ -113,6 +113,7 @@ def test_scores_that_outgrow_their_maximum(
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.race_only
 def test_a_row_sees_nothing_else(causal: bool, torch_rng: torch.Generator) -> None:
     """1e4 in a key, a value or a query changes no bit of the rows that may not see it."""
     shape = case((1, 2, 1, 400, 64), 330, sinks=5, fraction=0.5, causal=causal)
@@ -211,6 +212,7 @@ def test_views_of_any_stride_and_alignment(torch_rng: torch.Generator) -> None:
         assert_same_bits(got_lse, lse)
 
 
+@pytest.mark.race_only
 def test_strides_beyond_32_bits(tmp_path: Path, torch_rng: torch.Generator) -> None:
     """Two tokens in a sparse file, 2**31 elements apart; then two heads."""
     query, key, value = (torch.randn(1, 2, 2, 16, generator=torch_rng).half() for _ in range(3))

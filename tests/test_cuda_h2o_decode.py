@@ -63,6 +63,7 @@ def on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     "dtype",
     [torch.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.float16))],
 )
+@pytest.mark.race_only
 def test_bits_depend_on_live_slots_only(dtype: torch.dtype, torch_rng: torch.Generator) -> None:
     test_h2o_decode.test_bits_depend_on_live_slots_only("none", dtype, torch_rng)
 

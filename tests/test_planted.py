@@ -63,11 +63,16 @@ def test_every_missing_barrier_is_told(file: str, tmp_path: Path) -> None:
 # ---- what one gets wrong in a tiled kernel
 
 FORWARD = "csrc/cuda/sm80/attention_forward.cuh"
+IN_TILE, IN_BLOCK = (FORWARD.replace(".cuh", f"_{part}.cuh") for part in ("tile", "block"))
 COPY, TILE = "csrc/cuda/sm80/copy.cuh", "csrc/cuda/sm80/tile.cuh"
 MISTAKES = {
-    "off-by-one shared row": (COPY, r"sl_cp_async_16\(to \+", "sl_cp_async_16(to + (n == end - 1) * D * 2 +"),
+    "off-by-one shared row": (
+        COPY,
+        r"sl_cp_async_16_if\(in, to \+",
+        "sl_cp_async_16_if(in, to + (n == end - 1) * D * 2 +",
+    ),
     "wrong ldmatrix lane map": (
-        FORWARD,
+        IN_BLOCK,
         r"\(lane & 7\) \+ \(\(lane >> 4\) << 3\), \(lane >> 3\) & 1",
         "lane & 15, lane >> 4",
     ),
@@ -77,22 +82,22 @@ MISTAKES = {
         r"n <= end ?\1const bool in = n <= end",
     ),
     "no swizzle": (TILE, r"chunk \^ \(row & 7\)", "chunk"),
-    "packed halves swapped": (FORWARD, r"\(x\[0\], x\[1\]\)", "(x[1], x[0])"),
+    "packed halves swapped": (IN_TILE, r"\(x\[0\], x\[1\]\)", "(x[1], x[0])"),
     "global store out of bounds": (FORWARD, r"p->lse\[\(", "p->lse[1 + ("),
     "shuffle in a divergent branch": (
-        FORWARD,
+        IN_TILE,
         r"m = (fmaxf\(m, __shfl_xor_sync\(0xffffffffu, m, 1\)\));",
         r"if (threadIdx.x < 77) { m = \1; }",
     ),
     "a warp leaves before a barrier": (
         FORWARD,
-        r"bool again = false;",
-        "bool again = false; if (threadIdx.x >= 96) return;",
+        r"int moving = -1;",
+        "int moving = -1; if (threadIdx.x >= 96) return;",
     ),
     "plain race in shared memory": (
         FORWARD,
-        r"bool again = false;",
-        "bool again = false; float *scratch = (float *)SL_SHARED_BASE(); sl_cp_async_wait<0>(); "
+        r"int moving = -1;",
+        "int moving = -1; float *scratch = (float *)SL_SHARED_BASE(); sl_cp_async_wait<0>(); "
         "__syncthreads(); scratch[threadIdx.x] = 1; row_sum[0] += scratch[threadIdx.x ^ 64] - 1;",
     ),
 }
