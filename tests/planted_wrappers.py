@@ -63,10 +63,6 @@ ERRORS: dict[str, tuple[str, str, str]] = {
     "sl_ld_shared_v2": ("memory", r"ld_shared_v2\(base \+ other", "ld_shared_v2(base + lane"),
     "sl_st_shared_v4": ("memory", r"st_shared_v4\(base", "st_shared_v4(base + 16"),
     "sl_ld_shared_v4": ("memory", r"ld_shared_v4\(base", "ld_shared_v4(base + 8"),
-    "sl_st_shared_f32": ("memory", r"st_shared_f32\(base", "st_shared_f32(base + 2"),
-    "sl_ld_shared_f32": ("memory", r"ld_shared_f32\(base", "ld_shared_f32(base + 128"),
-    "sl_st_shared_f32x4": ("memory", r"st_shared_f32x4\(base \+ lane", "st_shared_f32x4(base + (lane ^ 2)"),
-    "sl_ld_shared_f32x4": ("memory", r"ld_shared_f32x4\(base", "ld_shared_f32x4(base + 512"),
     "sl_ld_global": ("memory", r"sl_ld_global\(\(const T \*\)p.in", "sl_ld_global((const T *)p.in + 4096"),
     "sl_st_global": ("memory", r"sl_st_global\(\(T \*\)p.out", "sl_st_global((T *)p.in"),
     "sl_ld_global_once": ("memory", r"p.in \+ \(lane \^ 1\)\)\);\s*\} else", "p.in + lane)); } else"),
@@ -85,7 +81,6 @@ ERRORS: dict[str, tuple[str, str, str]] = {
     # Lanes that are not all there, threads that race or wait for ever.
     "sl_warp_sum": ("warp", r"sl_warp_sum<32>", "sl_warp_sum<16>"),
     "sl_warp_max": ("warp", r"sl_warp_max<8>\(v\)", "(lane & 1 ? v : sl_warp_max<8>(v))"),
-    "sl_warp_sum_before": ("warp", r"sl_warp_sum_before\(n & 1023\)", "sl_warp_sum_before(n & 511)"),
     "sl_barrier_sync": ("barrier", r"sl_barrier_sync\(1 \+ pair, 64\)", "__syncwarp()"),
     "sl_barrier_arrive": ("barrier", r"sl_barrier_arrive\(1 \+ pair, 64\)", "__syncwarp()"),
     "sl_barrier_any": ("barrier", r"sl_barrier_any\(v", "(v"),

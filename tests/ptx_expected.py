@@ -196,7 +196,6 @@ def _warp_words(given: Words) -> Words:
         np.full(32, n.sum()),
         np.full(32, signed.min()),
         np.full(32, n.max()),
-        np.cumsum(n & 1023) - (n & 1023),
         np.repeat(halves, 16),
     ]
     return (np.array(rows) & 0xFFFFFFFF).astype(np.uint32).ravel()
@@ -351,11 +350,9 @@ UNITS = (
     Unit("address", 0, "words", words(64), lambda given: np.append(given[:32], given[:32] + given[32:])),
     Unit("minimum", 0, "floats", _minimum_inputs, _minimum),
     *(Unit("memory", i, f"shared_{n}", words(128), _exchange(n)) for i, n in enumerate((2, 4, 8, 16))),
-    Unit("memory", 4, "shared_float", words(128), _exchange(4)),
-    Unit("memory", 5, "shared_floats", words(128), _exchange(16)),
-    *(Unit("memory", 6 + i, f"global_{n}", words(128), _exchange(n, n)) for i, n in enumerate((2, 4, 8))),
-    Unit("memory", 9, "global_16", words(128), _exchange(16)),
-    Unit("memory", 10, "global_once", words(128), _exchange(16)),
+    *(Unit("memory", 4 + i, f"global_{n}", words(128), _exchange(n, n)) for i, n in enumerate((2, 4, 8))),
+    Unit("memory", 7, "global_16", words(128), _exchange(16)),
+    Unit("memory", 8, "global_once", words(128), _exchange(16)),
     Unit("warp", 0, "floats", lambda rng: _bits(rng.integers(-99, 99, 32).astype(np.float32)), _warp_floats),
     Unit("warp", 1, "words", words(32), _warp_words),
     Unit("barrier", 0, "named", words(128), _barrier),

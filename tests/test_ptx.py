@@ -99,7 +99,10 @@ MMA = "mma.sync.aligned.m16n8k16.row.col.f32"
 INSTRUCTIONS = {
     "address": ("mad.wide.s32", "add.s64"),
     "minimum": ("min.NaN.f32",),
-    "floats": ("ld.shared.v4.f32", "st.shared.v4.f32", "st.shared.f32", "ld.global.v4", "st.global.v4"),
+    "floats": (
+        *("ld.shared.v4.f32", "st.shared.v4.f32", "ld.shared.f32", "st.shared.f32"),
+        *("ld.global.v4", "st.global.v4"),
+    ),
     "widen": ("cvt.f32.f16", "mul.rn.f32"),
     "ldmatrix": ("ldmatrix.sync.aligned.m8n8.x1.shared.b16", "m8n8.x4.trans.shared.b16", "movmatrix.sync"),
     "mma": (f"{MMA}.bf16.bf16.f32", f"{MMA}.f16.f16.f32"),
@@ -108,7 +111,7 @@ INSTRUCTIONS = {
         *("cp.async.commit_group", "cp.async.wait_group", "cp.async.wait_all"),
     ),
     "memory": (
-        *("st.shared.b16", "ld.shared.b16", "st.shared.v2.b32", "ld.shared.v4.b32", "st.shared.v4.f32"),
+        *("st.shared.b16", "ld.shared.b16", "st.shared.v2.b32", "ld.shared.v4.b32", "st.shared.v4.b32"),
         *("ld.global.cs", "st.global.cs"),
     ),
     "warp": (

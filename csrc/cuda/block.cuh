@@ -3,26 +3,29 @@
 #pragma once
 
 #include "ptx/memory.cuh"
-#include "ptx/warp.cuh"
 
-// Sum of v over the threads before this one, and over all.
+// Sum (or maximum) of v, which is not negative, over the threads before this one, and over all.
 struct sl_scanned {
     int before, all;
 };
 
-template <int THREADS> SL_DEV struct sl_scanned sl_block_scan(int v, uint32_t shared) {
+template <int THREADS, bool MAXIMUM = false> SL_DEV struct sl_scanned sl_block_scan(int v, uint32_t shared) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int before = sl_warp_sum_before(v);
+    SL_UNROLL for (int lanes = 1; lanes < 32; lanes *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, v, lanes);
+        v = lane < lanes ? v : MAXIMUM ? max(v, other) : v + other;
+    }
+    const int left = __shfl_up_sync(0xffffffffu, v, 1);
     __syncthreads();
     if (lane == 31) {
-        sl_st_shared_b32(shared + warp * 4, (uint32_t)(before + v));
+        sl_st_shared_b32(shared + warp * 4, (uint32_t)v);
     }
     __syncthreads();
-    struct sl_scanned out = {before, 0};
+    struct sl_scanned out = {lane ? left : 0, 0};
     for (int w = 0; w < THREADS / 32; w++) {
-        const int sum = (int)sl_ld_shared_b32(shared + w * 4);
-        out.before += w < warp ? sum : 0;
-        out.all += sum;
+        const int sum = (int)sl_ld_shared_b32(shared + w * 4), before = w < warp ? sum : 0;
+        out.before = MAXIMUM ? max(out.before, before) : out.before + before;
+        out.all = MAXIMUM ? max(out.all, sum) : out.all + sum;
     }
     return out;
 }

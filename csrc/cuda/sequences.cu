@@ -2,7 +2,7 @@
 // block lists the sequences and sums their tiles.
 #include "sequences.cuh"
 
-#include "ptx/memory.cuh"
+#include "block.cuh"
 
 enum { THREADS = 512, SCAN_BYTES = (THREADS / 32 + 1) * 4 };
 
@@ -58,33 +58,8 @@ int64_t sl_sequences_most_tiles(const struct sl_sequence_source *s, bool of_quer
     return sl_min(s->n_batch * n, s->n_batch * sl_ceil_div(n, tile) + (whole_rows(s) ? 0 : sequences));
 }
 
-// Sum (or maximum) of v, which is not negative, over the threads before this one and over all. Every thread
-// of the block calls it.
-struct scanned {
-    int before, all;
-};
-
-template <bool MAXIMUM> SL_DEV struct scanned scan(int v) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const uint32_t sums = sl_shared_addr(SL_SHARED_BASE());
-    for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, v, step);
-        v = lane < step ? v : MAXIMUM ? max(v, other) : v + other;
-    }
-    const int left = __shfl_up_sync(0xffffffffu, v, 1);
-    __syncthreads(); // the scan before may still be reading
-    if (lane == 31) {
-        sl_st_shared_b32(sums + warp * 4, (uint32_t)v);
-    }
-    __syncthreads();
-    struct scanned out = {lane ? left : 0, 0};
-    for (int w = 0; w < THREADS / 32; w++) {
-        const int sum = (int)sl_ld_shared_b32(sums + w * 4);
-        const int before = w < warp ? sum : 0;
-        out.before = MAXIMUM ? max(out.before, before) : out.before + before;
-        out.all = MAXIMUM ? max(out.all, sum) : out.all + sum;
-    }
-    return out;
+template <bool MAXIMUM> SL_DEV struct sl_scanned scan(int v) {
+    return sl_block_scan<THREADS, MAXIMUM>(v, sl_shared_addr(SL_SHARED_BASE()));
 }
 
 // The columns that this thread looks after: a run of n / THREADS.
@@ -104,7 +79,7 @@ SL_DEV void find_kept(const struct find_params *p, int64_t b) {
         kept += keep;
         kept_past += keep && n < n_past;
     }
-    const struct scanned columns = scan<false>(kept);
+    const struct sl_scanned columns = scan<false>(kept);
     const int length = columns.all, length_past = scan<false>(kept_past).all;
     int at = columns.before;
     for (int64_t n = run.lo; n < run.hi; n++) {
@@ -145,7 +120,7 @@ SL_DEV void find_starts(const struct find_params *p, int64_t b) {
     for (int64_t n = run.lo; n < run.hi; n++) {
         found += n == 0 || ids[n * p->stride[1]] <= ids[(n - 1) * p->stride[1]];
     }
-    const struct scanned founds = scan<false>(found);
+    const struct sl_scanned founds = scan<false>(found);
     int at = founds.before;
     for (int64_t n = run.lo; n < run.hi; n++) {
         if (n == 0 || ids[n * p->stride[1]] <= ids[(n - 1) * p->stride[1]]) {
@@ -184,7 +159,7 @@ static __global__ void __launch_bounds__(THREADS)
             }
             const int q = (entry.length - entry.n_past + s->query_tile - 1) / s->query_tile;
             const int k = (entry.length + s->key_tile - 1) / s->key_tile;
-            const struct scanned of_queries = scan<false>(q), of_keys = scan<false>(k);
+            const struct sl_scanned of_queries = scan<false>(q), of_keys = scan<false>(k);
             entry.first_query_tile = query_tiles + of_queries.before;
             entry.first_key_tile = key_tiles + of_keys.before;
             if (i < count) {

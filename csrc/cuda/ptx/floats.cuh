@@ -1,4 +1,4 @@
-// Four floats at once: 16 bytes to and from shared and global memory, which must be 16-byte aligned.
+// Floats in shared and global memory: one, or four at once, which must be 16-byte aligned.
 #pragma once
 #include "platform.cuh"
 
@@ -29,6 +29,16 @@ SL_DEV void sl_st_shared_float(uint32_t addr, float v SL_SITE) {
 #else
     emu_shared_write(addr, &v, 4, SL_HERE);
 #endif
+}
+
+SL_DEV float sl_ld_shared_float(uint32_t addr SL_SITE) {
+    float v;
+#ifdef __CUDACC__
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(addr) : "memory");
+#else
+    emu_shared_read(&v, addr, 4, SL_HERE);
+#endif
+    return v;
 }
 
 SL_DEV void sl_ld_global_floats(float v[4], const float *p SL_SITE) {

@@ -96,46 +96,6 @@ SL_DEV uint4 sl_ld_shared_v4(uint32_t addr SL_SITE) {
     return v;
 }
 
-SL_DEV void sl_st_shared_f32(uint32_t addr, float v SL_SITE) {
-#ifdef __CUDACC__
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(addr), "f"(v) : "memory");
-#else
-    emu_shared_write(addr, &v, 4, SL_HERE);
-#endif
-}
-
-SL_DEV float sl_ld_shared_f32(uint32_t addr SL_SITE) {
-    float v;
-#ifdef __CUDACC__
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(addr) : "memory");
-#else
-    emu_shared_read(&v, addr, 4, SL_HERE);
-#endif
-    return v;
-}
-
-SL_DEV void sl_st_shared_f32x4(uint32_t addr, float4 v SL_SITE) {
-#ifdef __CUDACC__
-    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(addr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-                 : "memory");
-#else
-    emu_shared_write(addr, &v, 16, SL_HERE);
-#endif
-}
-
-SL_DEV float4 sl_ld_shared_f32x4(uint32_t addr SL_SITE) {
-    float4 v;
-#ifdef __CUDACC__
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(addr)
-                 : "memory");
-#else
-    emu_shared_read(&v, addr, 16, SL_HERE);
-#endif
-    return v;
-}
-
 // ---- global: T of 1, 2, 4, 8 or 16 bytes. The _once forms ask the caches not to keep what is touched once.
 template <class T> SL_DEV T sl_ld_global(const T *p SL_SITE) {
 #ifdef __CUDACC__

@@ -17,13 +17,3 @@ template <int WIDTH> SL_DEV float sl_warp_max(float v SL_SITE) {
     }
     return v;
 }
-
-// Sum of the integers of the lanes before this one in the warp.
-SL_DEV int sl_warp_sum_before(int v SL_SITE) {
-    const int lane = threadIdx.x & 31, own = v;
-    SL_UNROLL for (int lanes = 1; lanes < 32; lanes *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, v, lanes, 32 SL_PASS);
-        v += lane >= lanes ? other : 0;
-    }
-    return v - own;
-}

@@ -1,4 +1,4 @@
-// 16 bytes of elements to floats; single floats in shared memory; a product that stays one.
+// 16 bytes of elements to floats; a product that stays one.
 #pragma once
 #include "floats.cuh"
 
@@ -66,16 +66,6 @@ template <enum sl_dtype DTYPE> SL_DEV float sl_element(const void *array, int64_
     return DTYPE == SL_F32    ? ((const float *)array)[i]
            : DTYPE == SL_BF16 ? sl_float_of((uint32_t)((const uint16_t *)array)[i] << 16)
                               : sl_float_of_f16(((const uint16_t *)array)[i]);
-}
-
-SL_DEV float sl_ld_shared_float(uint32_t addr SL_SITE) {
-    float v;
-#ifdef __CUDACC__
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(addr) : "memory");
-#else
-    emu_shared_read(&v, addr, 4, SL_HERE);
-#endif
-    return v;
 }
 
 // a * b rounded, never part of a fused multiply-add: x * s - max(x * s) is exactly 0 somewhere, however large
