@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -31,7 +34,10 @@ def replaced_folder(target: str | os.PathLike[str], marker: str) -> Iterator[Pat
         )
     scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"output: cannot write into {target}: {error.strerror or error}") from error
     try:
         yield scratch
         folder.mkdir(exist_ok=True)
@@ -40,5 +46,9 @@ def replaced_folder(target: str | os.PathLike[str], marker: str) -> Iterator[Pat
             if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
             entry.replace(place)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise OSError(f"output: {target} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,23 +146,79 @@ def test_other_families(model: Any, projections: set[str], torch_rng: torch.Gene
     assert any("embed" in name for name in grads)
 
 
-@pytest.mark.parametrize(
-    "rope_parameters",
-    [
-        {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
-        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 16},
-    ],
-    ids=lambda parameters: parameters["rope_type"],
-)
-def test_positions_that_scale_already_are_refused(rope_parameters: dict[str, Any]) -> None:
-    model = llama(rope_parameters=rope_parameters)
-    frequencies = model.model.rotary_emb.inv_freq.clone()
-    with pytest.raises(NotImplementedError, match=rf"already scale.*{rope_parameters['rope_type']}"):
-        finetune.prepare(model, 128)
-    assert model.config.max_position_embeddings == 32
-    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
-    assert model.config._attn_implementation == "sdpa"
-    assert isinstance(finetune.prepare(model, 128, rope=None), PeftModel)
+def test_full_fine_tuning_trains_the_model_itself(torch_rng: torch.Generator) -> None:
+    model = llama()
+    assert finetune.prepare(model, 64, lora_rank=0, pattern=SFPattern(16)) is model
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config._attn_implementation == "sinklora"
+    assert model.config.max_position_embeddings == 64
+    frozen = finetune.prepare(llama(), 64, lora_rank=0, train_embeddings_and_norms=False)
+    names = {name for name, p in frozen.named_parameters() if not p.requires_grad}
+    assert names and all("norm" in name or "embed" in name for name in names)
+    assert "model.layers.0.mlp.up_proj.weight" not in names
+
+
+def test_target_modules() -> None:
+    def targets(**options: Any) -> set[str]:
+        prepared = finetune.prepare(llama(), 64, **options)
+        assert isinstance(prepared, PeftModel)
+        return {
+            name.split(".lora_A")[0].rpartition(".")[2]
+            for name in trained_names(prepared)
+            if "lora_A" in name
+        }
+
+    assert targets(target_modules=["q_proj", "up_proj"]) == {"q_proj", "up_proj"}
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert targets() == projections
+    assert targets(target_modules="all-linear") == projections | {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(("rank", "embeddings"), [(8, True), (8, False), (0, False)])
+def test_gradients_through_checkpointing(
+    rank: int, embeddings: bool, reentrant: bool, torch_rng: torch.Generator
+) -> None:
+    tokens = torch.randint(40, (1, 64), generator=torch_rng)
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        model = finetune.prepare(
+            llama(), 64, pattern=SFPattern(16), lora_rank=rank, train_embeddings_and_norms=embeddings
+        ).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+def test_weights_in_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes is not needed here: what PEFT does for it is called, before its layers come."""
+    from sinklora.finetune import prepare as module
+
+    seen = []
+
+    def stand_in(model: Any, use_gradient_checkpointing: bool) -> Any:
+        seen.append(
+            (any("lora_" in name for name, _ in model.named_parameters()), use_gradient_checkpointing)
+        )
+        return model
+
+    monkeypatch.setattr(sys.modules[module.__module__], "prepare_model_for_kbit_training", stand_in)
+    finetune.prepare(llama(), 64)
+    assert seen == []
+    model = llama()
+    model.is_loaded_in_4bit = True
+    finetune.prepare(model, 64)
+    assert seen == [(False, False)]
+    model = llama()
+    model.is_loaded_in_4bit = True
+    with pytest.raises(
+        ValueError, match=r"^lora_rank: expected at least 1 for a model whose weights are quant"
+    ):
+        finetune.prepare(model, 64, lora_rank=0)
 
 
 def test_models_without_rotary_positions_are_refused() -> None:
@@ -177,8 +234,14 @@ def test_models_without_rotary_positions_are_refused() -> None:
     [
         ({"context": 0}, ValueError, "context"),
         ({"context": 1.5}, TypeError, "context"),
-        ({"lora_rank": 0}, ValueError, "lora_rank"),
-        ({"rope": "yarn"}, ValueError, "rope"),
+        ({"lora_rank": -1}, ValueError, "lora_rank"),
+        ({"rope": "ntk"}, ValueError, "rope"),
+        ({"rope": "llama3"}, ValueError, "rope"),
+        ({"target_modules": ["q_proj", "wq"]}, ValueError, "target_modules"),
+        ({"target_modules": "q_proj"}, TypeError, "target_modules"),
+        ({"target_modules": ["q_proj"], "lora_rank": 0}, ValueError, "target_modules"),
+        ({"lora_dropout": 0.1, "lora_rank": 0}, ValueError, "lora_dropout"),
+        ({"lora_dropout": 1.0}, ValueError, "lora_dropout"),
         ({"pattern": 16}, TypeError, "pattern"),
         ({"pattern": "sdpa"}, TypeError, "pattern"),
     ],

@@ -111,7 +111,11 @@ def test_peft_carries_the_settings(tmp_path: Path, order: str) -> None:
     _train_step(model.train(), ids)
     model.save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "sinklora.json").read_text())
-    assert settings == model.config.sinklora
+    assert settings == {
+        **model.config.sinklora,
+        "rope_parameters": model.config.rope_parameters,
+        "max_position_embeddings": model.config.max_position_embeddings,
+    }
     assert sorted(path.name for path in tmp_path.glob("*sinklora*")) == ["sinklora.json"]
 
     base = sinklora.patch(tiny(), tmp_path)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from chat_support import save_model
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import sinklora
-from sinklora.loading import DEMO_FOLDER, on_the_hub, open_model
+from sinklora import cuda, extras, finetune, loading
+from sinklora.loading import DEMO_FOLDER, choose_device, on_the_hub, open_for_training, open_model
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +151,145 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"^model: the adapter .* does not fit") as caught:
         open_model(tmp_path / "adapter")
     assert "\n" not in str(caught.value)
+
+
+def copied(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    return target
+
+
+def test_broken_and_missing_weights_are_named(folder: Path, tmp_path: Path) -> None:
+    broken = copied(folder, tmp_path / "broken")
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"^model: .*model\.safetensors is broken: .*\w") as caught:
+        open_model(broken)
+    assert "\n" not in str(caught.value)
+
+    wrong = copied(folder, tmp_path / "wrong")
+    tensors = load_file(wrong / "model.safetensors")
+    tensors["model.layers.0.mlp.first.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, wrong / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError,
+        match=r"expected all weights of LlamaForCausalLM .* found no model\.layers\.0\.mlp\.up_proj\.weight; "
+        r"it holds model\.layers\.0\.mlp\.first\.weight",
+    ):
+        open_for_training(wrong)
+
+    other = copied(folder, tmp_path / "other")
+    config = other / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 32}))
+    with pytest.raises(ValueError, match=r"^model: cannot open|^model: expected all weights"):
+        open_model(other)
+
+
+def test_broken_and_missing_weights_of_adapters(folder: Path, tmp_path: Path) -> None:
+    save_adapter(folder, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:3000])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is broken"):
+        open_model(tmp_path / "adapter")
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"does not fit .*adapter_model\.safetensors has no {name}"):
+        open_model(tmp_path / "adapter")
+    save_file({**tensors, "base_model.model.other": torch.ones(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not fit .*has base_model\.model\.other"):
+        open_model(tmp_path / "adapter")
+
+
+def test_an_adapter_on_an_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_adapter(folder, tmp_path / "first")
+    save_adapter(folder, tmp_path / "second")
+    file = tmp_path / "second" / "adapter_config.json"
+    named = {"base_model_name_or_path": str(tmp_path / "first")}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
+    with pytest.raises(ValueError, match=r"is itself an adapter: .*first; merge that one first"):
+        open_model(tmp_path / "second")
+
+
+@pytest.mark.parametrize("rows", [None, 270])
+def test_an_adapter_opens_with_its_positions_and_tokens(
+    folder: Path, tmp_path: Path, rows: int | None
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    adapted = finetune.prepare(model, 1024, pattern=sinklora.SFPattern(24), rope="yarn")
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.1).add_(0.01)
+    adapted.save_pretrained(tmp_path)
+    found = open_model(tmp_path).model
+    assert found.config.rope_parameters["rope_type"] == "yarn"
+    assert found.config.max_position_embeddings == 1024
+    assert found.config.vocab_size == (rows or 259)
+    torch.testing.assert_close(logits(found), logits(adapted.eval()), atol=1e-4, rtol=1e-4)
+
+
+def test_new_tokens_without_output_rows_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(270, mean_resizing=False)
+    finetune.prepare(model, 1024).save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ValueError, match=r"has embeddings of 11 tokens that .* no output layer of theirs"):
+        open_model(tmp_path)
+
+
+def test_a_model_to_train(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = open_for_training(folder, dtype="bfloat16")
+    assert model.config._attn_implementation == "sdpa"
+    assert model.dtype == torch.bfloat16
+    assert tokenizer("a")["input_ids"] == [97]
+    save_adapter(folder, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^model: expected a model to train, got the adapter .*sinklora merge"
+    ):
+        open_for_training(tmp_path)
+    with pytest.raises(ValueError, match=r"^quantize: expected 4bit or None, got 8bit"):
+        open_for_training(folder, quantize="8bit")
+
+
+def test_four_bits_need_bitsandbytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(extras.MissingExtraError, match=r"bitsandbytes: not installed.*sinklora\[quantize\]"):
+        open_for_training(folder, quantize="4bit")
+    monkeypatch.undo()
+
+    def stand_in(source: str, options: dict[str, Any], name: str = "model") -> Any:
+        seen.update(options)
+        return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(extras, "require", lambda *names: None)
+    monkeypatch.setattr(loading, "open_weights", stand_in)
+    open_for_training(folder, dtype="bfloat16", quantize="4bit")
+    settings = seen["quantization_config"]
+    assert settings.load_in_4bit and settings.bnb_4bit_quant_type == "nf4"
+    assert settings.bnb_4bit_use_double_quant and settings.bnb_4bit_compute_dtype == torch.bfloat16
+    assert seen["device_map"] == {"": 0 if torch.cuda.is_available() else "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "built", "kernels", "expected"),
+    [
+        (False, False, False, "cpu"),
+        (True, False, False, "cuda"),
+        (True, False, True, "cpu"),
+        (True, True, True, "cuda"),
+    ],
+)
+def test_a_gpu_is_taken_where_it_serves(
+    gpu: bool, built: bool, kernels: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(cuda, "takes", lambda device: built)
+    assert choose_device("auto", kernels=kernels).type == expected
+    assert choose_device("cpu", kernels=kernels).type == "cpu"
 
 
 def test_an_adapter_of_tokens_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from ..pattern import SFPattern
 from .full import full_attention, run_kernel
 from .h2o import h2o_attention
 from .masks import Rows, find_rows, padding_of_dense
-from .settings import CONFIG_KEY, from_settings, watch_saving
+from .saving import watch_saving
+from .settings import CONFIG_KEY, from_settings
 
 logger = logging.getLogger("sinklora")
 

@@ -18,15 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from ..pattern import SFPattern
 from .attention import describe, first_time, forget, sinklora_attention
 from .masks import sinklora_mask
-from .settings import (
-    CONFIG_KEY,
-    base_model,
-    from_settings,
-    read_directory,
-    text_config,
-    to_settings,
-    watch_saving,
-)
+from .rope import context_of, keep, put_back, restore_positions
+from .saving import read_positions, watch_saving
+from .settings import CONFIG_KEY, base_model, from_settings, read_directory, text_config, to_settings
 
 NAME = "sinklora"
 logger = logging.getLogger("sinklora")
@@ -72,11 +66,12 @@ def patch(
     Args:
         model: a transformers causal language model, a multimodal one (its text model is switched), or a
             wrapper of one (PEFT, torch.compile, DDP). The same object is returned.
-        pattern: an `SFPattern`; or the directory of a saved model or adapter, whose settings are used; or
-            None: what `model.config.sinklora` says, else the default `SFPattern`.
+        pattern: an `SFPattern`; or the directory of a saved model or adapter, whose settings are used (of an
+            adapter also the rotary positions that it was trained with, which stay after `unpatch`); or None:
+            what `model.config.sinklora` says, else the default `SFPattern`.
         group_ratio: instead of pattern, the group as a fraction of the context, resolved here and now.
         context: the context in tokens that group_ratio is a fraction of; default
-            `config.max_position_embeddings`.
+            what the model's positions reach, mostly `config.max_position_embeddings`.
         eval_attention: "full", or "sf" to keep SF-Attn in eval mode (whole sequences only, no cache).
             Default: what the settings say, else "full".
 
@@ -84,7 +79,8 @@ def patch(
     saving an adapter writes them beside it as sinklora.json. Patching again replaces them.
 
     Raises:
-        ValueError: settings that are wrong or contradict each other, or a directory without any.
+        ValueError: settings that are wrong or contradict each other, or a directory without any; an
+            adapter's positions for another model.
         TypeError: a model or pattern of another kind.
         NotImplementedError: a model whose attention cannot be switched, or has what SF-Attn has not:
             attention dropout, soft-capped logits, non-causal layers.
@@ -92,17 +88,21 @@ def patch(
     base = base_model(model)
     config = text_config(base.config)
     settings, source = _resolve(config, pattern, group_ratio, context, eval_attention)
+    positions = read_positions(pattern) if isinstance(pattern, (str, os.PathLike)) else None
     _refuse_model(base, config)
     register()
     watch_saving(import_peft=True)
 
-    before = _snapshot(base)
+    before, kept = _snapshot(base), keep(base)
     try:
+        if positions is not None:
+            restore_positions(base, positions, source)
         _switch(base, NAME)
         for each in _configs(base):
             setattr(each, CONFIG_KEY, dict(settings))
     except BaseException:
         _restore(base, before)
+        put_back(base, kept)
         raise
     if _BEFORE not in base.__dict__:
         setattr(base, _BEFORE, before)
@@ -137,12 +137,13 @@ def patched(
 ) -> Iterator[Model]:
     """`patch` for the length of a with block, after which the model is as it was before the block. Nests."""
     base = base_model(model)
-    before, outer = _snapshot(base), base.__dict__.get(_BEFORE, _ABSENT)
+    before, outer, kept = _snapshot(base), base.__dict__.get(_BEFORE, _ABSENT), keep(base)
     patch(model, pattern, group_ratio=group_ratio, context=context, eval_attention=eval_attention)
     try:
         yield model
     finally:
         _restore(base, before)
+        put_back(base, kept)
         if outer is not _ABSENT:
             setattr(base, _BEFORE, outer)
         elif _BEFORE in base.__dict__:
@@ -158,7 +159,7 @@ def _resolve(
     if group_ratio is not None:
         if pattern is not None:
             raise ValueError("group_ratio: expected either a pattern or a group_ratio, got both")
-        tokens = getattr(config, "max_position_embeddings", None) if context is None else context
+        tokens = context_of(config) if context is None else context
         if tokens is None:
             raise ValueError(
                 "context: expected a number of tokens, as config.max_position_embeddings is not set"
@@ -167,14 +168,18 @@ def _resolve(
         return to_settings(chosen, eval_attention or "full"), f"{group_ratio:g} of {tokens} tokens"
     if isinstance(pattern, SFPattern):
         return to_settings(pattern, eval_attention or "full"), "given"
+    found: dict[str, Any] | None
     if isinstance(pattern, (str, os.PathLike)):
         found, source = read_directory(pattern), os.fspath(pattern)
     elif pattern is None:
-        found, source = getattr(config, CONFIG_KEY, {}), "the model's config"
-        if not found:
-            return to_settings(SFPattern(), eval_attention or "full"), _DEFAULTS
+        found, source = {}, ""
     else:
         raise TypeError(f"pattern: expected an SFPattern, a directory or None, got {type(pattern).__name__}")
+    if not found:
+        found, source = getattr(config, CONFIG_KEY, None), "the model's config"
+        if not found:
+            trained_fully = f"defaults, as {os.fspath(pattern)} was trained without" if pattern else None
+            return to_settings(SFPattern(), eval_attention or "full"), trained_fully or _DEFAULTS
     carried, carried_eval = from_settings(found, source)
     return to_settings(carried, eval_attention or carried_eval), source
 

@@ -1,19 +1,10 @@
 """SF-Attn's settings as a model carries them: plain JSON in config.sinklora, and sinklora.json beside an
-adapter.
-
-PEFT saves no base config, so what stands in the base model's config would never reach an adapter's directory:
-saving is therefore followed by writing the file, by a wrapper around save_pretrained that changes nothing
-else.
-"""
+adapter (saving.py writes it)."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +17,8 @@ from ..pattern import SFPattern
 FILE_NAME = "sinklora.json"
 CONFIG_KEY = "sinklora"
 EVAL_ATTENTION = ("full", "sf")
+# Of sinklora.json only: the positions that an adapter was trained with (rope.py).
+POSITION_KEYS = ("rope_parameters", "max_position_embeddings")
 
 
 def to_settings(pattern: SFPattern, eval_attention: str) -> dict[str, Any]:
@@ -58,6 +51,8 @@ def from_settings(settings: Any, source: str = "config.sinklora") -> tuple[SFPat
 def read_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings that a saved adapter (sinklora.json) or model (config.json) carries.
 
+    Empty for an adapter trained with the model's own attention, whose file holds positions only.
+
     Raises ValueError where there are none, naming what was looked for.
     """
     folder = Path(directory)
@@ -65,9 +60,11 @@ def read_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"pattern: expected an SFPattern or the directory of a saved model or adapter, got {folder}"
         )
-    own = folder / FILE_NAME
-    if own.is_file():
-        return _checked(_read_json(own), str(own))
+    beside = read_beside_adapter(folder)
+    if beside is not None:
+        own = str(folder / FILE_NAME)
+        found = {key: value for key, value in beside.items() if key not in POSITION_KEYS}
+        return _checked(found, own) if found or not beside else {}
     config_file = folder / "config.json"
     if config_file.is_file():
         config = _read_json(config_file)
@@ -79,15 +76,15 @@ def read_directory(directory: str | os.PathLike[str]) -> dict[str, Any]:
     )
 
 
-def write_directory(directory: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-    """Writes sinklora.json into directory, whole or not at all. Raises OSError."""
-    target = Path(directory) / FILE_NAME
-    scratch = target.with_name(f".{FILE_NAME}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
+def read_beside_adapter(folder: Path) -> dict[str, Any] | None:
+    """What sinklora.json in folder holds; None where there is no such file. Raises ValueError."""
+    own = folder / FILE_NAME
+    if not own.is_file():
+        return None
+    found = _read_json(own)
+    if not isinstance(found, dict):
+        raise ValueError(f"{own}: expected an object of settings, got {type(found).__name__}")
+    return found
 
 
 def _read_json(path: Path) -> Any:
@@ -123,55 +120,3 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config that the language model's attention layers read: config itself but for multimodal models."""
     found: PreTrainedConfig = config.get_text_config()
     return found
-
-
-def watch_saving(import_peft: bool) -> None:
-    """From now on saving an adapter of a model with settings also writes sinklora.json beside it. Idempotent.
-
-    PEFT may wrap a model after `patch` (TRL does), so this acts on PEFT's class; without import_peft only if
-    PEFT has been imported already.
-    """
-    _wrap_saving(PreTrainedModel)  # adapters that transformers itself holds (model.add_adapter)
-    if "peft" in sys.modules or (import_peft and importlib.util.find_spec("peft") is not None):
-        try:
-            from peft import PeftModel
-        except ImportError:  # installed but unusable here: then no model of PEFT's will be saved either
-            return
-        _wrap_saving(PeftModel)
-
-
-def _wrap_saving(model_class: Any) -> None:
-    original = model_class.save_pretrained
-    if getattr(original, "writes_sinklora_settings", False):
-        return
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        if given.get("is_main_process", True):
-            _write_beside_adapters(self, Path(given["save_directory"]), given.get("selected_adapters"))
-        return result
-
-    save_pretrained.writes_sinklora_settings = True  # type: ignore[attr-defined]
-    model_class.save_pretrained = save_pretrained
-
-
-def _write_beside_adapters(model: Any, directory: Path, selected: list[str] | None) -> None:
-    if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
-        return  # a whole model: its config.json carries the settings
-    try:
-        settings = getattr(text_config(base_model(model).config), CONFIG_KEY, None)
-    except (TypeError, AttributeError, ValueError):  # PEFT around something that is not a transformers model
-        return
-    if settings is None:
-        return
-    names = selected if selected is not None else list(getattr(model, "peft_config", {}))
-    in_folder = isinstance(
-        model, PreTrainedModel
-    )  # transformers writes one adapter, PEFT one folder for each
-    for name in names:
-        folder = directory if in_folder or name == "default" else directory / name
-        if (folder / "adapter_config.json").is_file():
-            write_directory(folder, settings)
