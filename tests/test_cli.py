@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -50,13 +53,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
 def test_help_shows_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*([command] if command else []), "--help"]) == 0
+    assert cli.main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert "Usage: sinklora" in text
     if command == "visualize":
         assert "[default: 16]" in text
     if not command:
-        assert all(name in text for name in cli.COMMANDS)
+        assert all(name.split()[0] in text for name in cli.COMMANDS)
 
 
 def test_nothing_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,6 +278,70 @@ def test_no_typer_is_one_line() -> None:
     assert done.stderr.splitlines() == [
         "sinklora: error: typer: not installed, needed here; run: pip install 'sinklora[cli]'"
     ]
+
+
+HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "matplotlib", "numpy", "sinklora._C")
+
+
+def leaves(entries: Mapping[str, cli.Command | cli.Group], *names: str) -> Iterator[tuple[str, ...]]:
+    """The words that call each command."""
+    for name, entry in entries.items():
+        if isinstance(entry, cli.Group):
+            yield from leaves(entry.commands, *names, name)
+        else:
+            yield (*names, name)
+
+
+def test_help_imports_little() -> None:
+    """No command for the list of commands; no heavy library for the help of any command."""
+    code = f"""
+import sys
+from sinklora.cli import main
+assert main(["--help"]) == 0
+commands = [name for name in sys.modules if name.startswith("sinklora.commands")]
+assert not commands, commands
+for words in {[*leaves(cli.COMMANDS)]}:
+    assert main([*words, "--help"]) == 0
+    heavy = set({HEAVY}) & set(sys.modules)
+    assert not heavy, (words, heavy)
+"""
+    done = module_run("-c " + code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_list_shows_what_the_commands_say_of_themselves() -> None:
+    def check(entry: cli.Command | cli.Group) -> None:
+        if isinstance(entry, cli.Group):
+            for inner in entry.commands.values():
+                check(inner)
+            return
+        module = importlib.import_module(f"sinklora.commands.{entry.module}")
+        text = inspect.getdoc(getattr(module, entry.function)) or ""
+        assert entry.help == " ".join(text.partition("\n\n")[0].split())
+
+    for entry in cli.COMMANDS.values():
+        check(entry)
+
+
+def test_groups_of_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    group = cli.Group("Several things.", {"facts": cli.COMMANDS["info"]})
+    monkeypatch.setattr(cli, "COMMANDS", {"several": group})
+    assert cli.main(["--help"]) == 0
+    assert "several  Several things." in capsys.readouterr().out
+    assert cli.main(["several", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Usage: sinklora several [OPTIONS] COMMAND" in text
+    assert "facts  Show versions" in text
+    assert cli.main(["several", "facts", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sinklora"] == sinklora.__version__
+    assert cli.main(["several", "facts", "-h"]) == 0
+    assert "Usage: sinklora several facts" in capsys.readouterr().out
+    status, line = error_of(["several", "fact"], capsys)
+    assert status == 2
+    assert "several: No such command 'fact'. Did you mean 'facts'?" in line
+    status, line = error_of(["several"], capsys)
+    assert status == 2
+    assert "several: Missing command" in line
 
 
 def test_frame_imports_no_heavy_library() -> None:

@@ -20,7 +20,7 @@ from sinklora.demo import run as demo
 from sinklora.demo.data import Blocks, encode, library_files, read_texts, split_by_file
 from sinklora.demo.report import Results, cell_texts
 from sinklora.demo.settings import QUICK, DemoSettings
-from sinklora.evaluate import file_losses, perplexity
+from sinklora.evaluation.perplexity import file_losses, perplexity
 from sinklora.tokenizer import byte_tokenizer
 
 TINY = DemoSettings(
@@ -176,7 +176,7 @@ def test_demo_writes_results(tiny_run: tuple[Results, Path]) -> None:
         "SF-Attn": 2,
     }
     card = (output / "adapter" / "README.md").read_text()
-    assert str(output / "base") in card
+    assert str(output / "start") in card
     assert "partial" not in card
     with (output / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -206,17 +206,15 @@ def test_demo_model_opens_without_flags(tiny_run: tuple[Results, Path]) -> None:
 def test_demo_adapter_opens_on_its_base(tiny_run: tuple[Results, Path]) -> None:
     _, output = tiny_run
     settings = json.loads((output / "adapter" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(output / "base")
+    assert settings["base_model_name_or_path"] == str(output / "start")
     assert settings["ensure_weight_tying"] is True
-    assert sinklora.SFPattern.from_dict(
-        {
-            k: v
-            for k, v in json.loads((output / "adapter" / "sinklora.json").read_text()).items()
-            if k != "eval_attention"
-        }
-    ) == sinklora.SFPattern(group_size=32)
-    base = AutoModelForCausalLM.from_pretrained(output / "base")
+    base = AutoModelForCausalLM.from_pretrained(output / "start")
     adapted = PeftModel.from_pretrained(base, output / "adapter").eval()
+    sinklora.patch(adapted, output / "adapter")
+    assert sinklora.SFPattern.from_dict(
+        {key: value for key, value in base.config.sinklora.items() if key != "eval_attention"}
+    ) == sinklora.SFPattern(group_size=32)
+    assert base.config.rope_parameters["factor"] == 4
     merged = AutoModelForCausalLM.from_pretrained(output)
     tokens = torch.arange(100)[None]
     with torch.no_grad():

@@ -17,7 +17,7 @@ import sinklora
 from sinklora.demo import caches as demo_cache
 from sinklora.demo.cache_report import METHODS, CacheResults, write_cache_results
 from sinklora.demo.settings import DemoSettings
-from sinklora.evaluate_cache import continuation_losses
+from sinklora.evaluation.continuation import continuation_losses
 
 SETTINGS = DemoSettings(
     start_context=32,

@@ -158,6 +158,15 @@ def test_the_end_token_ends_and_is_left_out(model: OpenedModel) -> None:
     assert cache.get_seq_length() == len(PROMPT) + len(found.tokens)
 
 
+def test_settings_stored_with_the_model_do_not_act(model: OpenedModel) -> None:
+    expected = continue_tokens(model.model, model.tokenizer, PROMPT, FULL.make(model.model), greedy(12))
+    stored: Any = model.model.generation_config
+    stored.repetition_penalty, stored.suppress_tokens = 50.0, expected.tokens
+    found = continue_tokens(model.model, model.tokenizer, PROMPT, FULL.make(model.model), greedy(12))
+    assert found.tokens == expected.tokens
+    assert model.model.generation_config is stored
+
+
 def test_nothing_to_feed_is_an_error(model: OpenedModel) -> None:
     with pytest.raises(ValueError, match="prompt: expected some text"):
         continue_tokens(model.model, model.tokenizer, [], FULL.make(model.model), greedy(3))
@@ -216,6 +225,7 @@ def test_amounts_are_integers_or_shares() -> None:
         (1, int),
         (1.0, float),
     ]
+    assert (parse_amount(0.5), parse_amount(256)) == (0.5, 256)  # numbers of a YAML file
     with pytest.raises(ValueError, match="got half"):
         parse_amount("half")
 

@@ -23,6 +23,7 @@ HISTORY_LINES = 1000
 def chat(
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = "auto",
+    device: shared.DeviceOption = "auto",
     style: Annotated[
         str,
         typer.Option(
@@ -66,7 +67,7 @@ def chat(
         seed=seed,
         chunk=prefill_chunk,
     )
-    opened = shared.open_for_generation(model, dtype)
+    opened = shared.open_for_generation(model, dtype, device, settings)
     from sinklora.generation.chat import ChatSession
     from sinklora.generation.chat_commands import ChatCommands
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sinklora.demo.cache_report import CacheResults
     from sinklora.demo.report import Results
 
-_DEFAULT = DemoSettings()
+_DEFAULT = DemoSettings  # the class: its attributes are the defaults, and making one takes NumPy
 
 
 def _changed_by_quick(name: str) -> str:

@@ -31,6 +31,7 @@ def generate(
     ] = None,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = "auto",
+    device: shared.DeviceOption = "auto",
     heavy: shared.HeavyOption = None,
     recent: shared.RecentOption = None,
     sinks: shared.SinksOption = None,
@@ -56,7 +57,7 @@ def generate(
         chunk=prefill_chunk,
     )
     text = read_prompt(prompt, file)
-    opened = shared.open_for_generation(model, dtype)
+    opened = shared.open_for_generation(model, dtype, device, settings)
     with shared.option_errors(), shared.text_to_stdout(), shared.own_warnings_only():
         interrupted = _continue(opened, text, settings, sampling)
     if interrupted:

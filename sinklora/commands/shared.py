@@ -32,6 +32,12 @@ _OPTIONS = {
     "model": "--model",
     "dtype": "--dtype",
     "style": "--style",
+    "base": "--base",
+    "output": "--output",
+    "shard_size": "--shard-size",
+    "context": "--context",
+    "rope_factor": "--rope-factor",
+    "device": "--device",
 }
 # Shells say so of a program whose reader went away.
 BROKEN_PIPE_STATUS = 141
@@ -40,7 +46,8 @@ MIN_SHOWN_TOKENS = 512
 _SHOWN_CONTROLS = {code: 0xFFFD for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
-def _amount(text: str) -> int | float:
+def amount(text: object) -> int | float:
+    """Entries or a share, from the command line or a YAML file."""
     from sinklora.generation.settings import parse_amount
 
     try:
@@ -60,11 +67,15 @@ ModelOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option(help="Of the weights: float32, bfloat16, float16, or auto: as they were saved.")
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(help="Where the model runs: cpu, cuda, cuda:1, or auto: a GPU where there is one that can."),
+]
 HeavyOption = Annotated[
     Any,
     typer.Option(
         "--heavy",
-        parser=_amount,
+        parser=amount,
         metavar="N|SHARE",
         help="Entries kept for their attention scores: 256 entries, or 0.1 of the prompt's tokens.",
         show_default="256",
@@ -74,7 +85,7 @@ RecentOption = Annotated[
     Any,
     typer.Option(
         "--recent",
-        parser=_amount,
+        parser=amount,
         metavar="N|SHARE",
         help="Newest entries kept: 256 entries, or 0.1 of the prompt's tokens.",
         show_default="256",
@@ -112,15 +123,17 @@ def bad(option: str, what: str) -> typer.BadParameter:
 
 
 @contextlib.contextmanager
-def option_errors() -> Iterator[None]:
-    """Turns an error "name: what is wrong" about a setting into one about the option."""
+def option_errors(**others: str) -> Iterator[None]:
+    """Turns an error "name: what is wrong" about a setting into one about the option; others: options of
+    this command that are called otherwise."""
+    options = {**_OPTIONS, **others}
     try:
         yield
     except (TypeError, ValueError) as error:
         name, _, rest = str(error).partition(": ")
-        if name not in _OPTIONS or not rest:
+        if name not in options or not rest:
             raise
-        raise bad(_OPTIONS[name], rest) from error
+        raise bad(options[name], rest) from error
 
 
 def cache_settings(
@@ -145,14 +158,17 @@ def sampling_settings(**values: Any) -> Sampling:
         return Sampling(**values)
 
 
-def open_for_generation(name: str | None, dtype: str) -> OpenedModel:
-    """Opens the model of the options, without the libraries' hints to each other."""
+def open_for_generation(name: str | None, dtype: str, device: str, settings: CacheSettings) -> OpenedModel:
+    """Opens the model of the options, where it can run with the cache."""
     with option_errors():
-        from sinklora.loading import on_the_hub, open_model
+        from sinklora.loading import choose_device, on_the_hub, open_model
 
         if name is not None and on_the_hub(name):
             note(f"no folder {name} here: asking the Hub")
-        return open_model(name, dtype)
+        place = choose_device(device, kernels=not settings.full)
+        opened = open_model(name, dtype)
+        opened.model.to(place)  # type: ignore[arg-type]
+        return opened
 
 
 def prepare_libraries() -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from ..cache.h2o_cache import H2OCache
-from ..evaluate_cache import continuation_losses
+from ..evaluation.continuation import continuation_losses
 from .cache_report import METHODS, CacheResults, CacheRow
 from .settings import DemoSettings
 

@@ -13,7 +13,7 @@ import torch
 
 from .. import __version__
 from ..about import info
-from ..evaluate import bootstrap_interval, improvement_share, mean_loss, perplexity
+from ..evaluation.perplexity import bootstrap_interval, improvement_share, mean_loss, perplexity
 from ..plots import plot_pattern
 from ..plots_curves import plot_curves
 from .cache_report import CacheResults, write_cache_results

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .. import finetune
-from ..evaluate import file_losses, windows
+from ..evaluation.perplexity import file_losses, windows
 from ..folders import replaced_folder
 from ..hf.patching import patch
 from ..tokenizer import byte_tokenizer
@@ -120,7 +120,7 @@ class Demo:
         return log
 
     def evaluate_start_model(self, results: Results) -> None:
-        """The two baselines; the start model with interpolated positions is saved as the folder "base"."""
+        """The two baselines: a sliding window, and interpolated positions that nothing was trained at."""
         settings = self.settings
         model = AutoModelForCausalLM.from_pretrained(self.folder / "start")
         results.sliding = self.evaluate(
@@ -129,8 +129,6 @@ class Demo:
         finetune.extend_positions(model, settings.context)
         for length in settings.lengths():
             results.scores["untrained", length] = self.evaluate("untrained", model, length)
-        model.save_pretrained(self.folder / "base")
-        self.tokenizer.save_pretrained(self.folder / "base")
 
     def extend(self, name: str, pattern: Any) -> tuple[PeftModel, TrainingLog]:
         """The start model, trained at the long context with one attention; the others see the same data in
@@ -138,12 +136,15 @@ class Demo:
         settings = self.settings
         set_seed(settings.seed)
         model = AutoModelForCausalLM.from_pretrained(self.folder / "start")
-        prepared = finetune.prepare(
-            model,
-            settings.context,
-            pattern=pattern,
-            lora_rank=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
+        prepared = cast(
+            PeftModel,
+            finetune.prepare(
+                model,
+                settings.context,
+                pattern=pattern,
+                lora_rank=settings.lora_rank,
+                lora_alpha=2 * settings.lora_rank,
+            ),
         )
         log = self.train(
             prepared,
@@ -199,14 +200,14 @@ class Demo:
         tokens = self.validation[0][None, : self.settings.context]
         expected = _logits(model, tokens)
         adapter = str(self.folder / "adapter")
-        # The adapter belongs on interpolated positions, and "base" has them. It holds the embeddings already.
-        # Both PEFT's settings and the model card that it writes name the folder as it will be.
+        # The adapter holds the embeddings already, and sinklora.json beside it the interpolated positions.
+        # Both PEFT's settings and the model card that it writes name the base's folder as it will be.
         base_model = cast(PreTrainedModel, model.get_base_model())
-        base_model.name_or_path = base_model.config.name_or_path = str(self.final_folder / "base")
+        base_model.name_or_path = base_model.config.name_or_path = str(self.final_folder / "start")
         model.peft_config["default"].base_model_name_or_path = base_model.name_or_path
         model.save_pretrained(adapter, save_embedding_layers=False)
 
-        base = AutoModelForCausalLM.from_pretrained(self.folder / "base")
+        base = AutoModelForCausalLM.from_pretrained(self.folder / "start")
         reloaded = patch(PeftModel.from_pretrained(base, adapter), adapter)
         for mode, before, after in zip(
             ("eval", "training"), expected, _logits(reloaded, tokens), strict=True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from ..pattern import SFPattern
+if TYPE_CHECKING:
+    from ..pattern import SFPattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ class DemoSettings:
 
     def patterns(self) -> dict[str, SFPattern | None]:
         """The training attentions by their names in the results; None is full attention."""
+        from ..pattern import SFPattern  # not at the top: `sinklora demo --help` reads the defaults only
+
         return {
             "full": None,
             "S2-Attn": SFPattern.s2(self.group_size),

@@ -5,14 +5,16 @@ Used by `sinklora generate` and by each turn of `sinklora chat`, whose cache liv
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import (
     Cache,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -92,14 +94,15 @@ def continue_tokens(
 
     generate: Any = model.generate
     ends = end_tokens(model, tokenizer)
-    result = generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        generation_config=sampling.config(ends, tokenizer.pad_token_id),
-        stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interrupt)]),
-        streamer=TokenSink(on_token),
-    )
+    with _nothing_stored(model):
+        result = generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            generation_config=sampling.config(ends, tokenizer.pad_token_id),
+            stopping_criteria=StoppingCriteriaList([StopWhenInterrupted(interrupt)]),
+            streamer=TokenSink(on_token),
+        )
     finished = time.perf_counter()
     if piece := text.finish():
         on_text(piece)
@@ -109,6 +112,18 @@ def continue_tokens(
     return Continuation(
         new[:-1] if ended else new, ended, interrupted, total, first[0] - begun, finished - first[0]
     )
+
+
+@contextlib.contextmanager
+def _nothing_stored(model: PreTrainedModel) -> Iterator[None]:
+    """The model's own generation settings do not act inside: generate would complete the given ones from
+    them (a stored repetition_penalty, say)."""
+    stored = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = stored
 
 
 def _read(

@@ -12,17 +12,19 @@ from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..budget import Budget
 from ..cache.h2o_cache import H2OCache
+from ..hf.rope import context_of
 from ..hf.settings import text_config
 
 Amount = int | float
 POSITIONS = ("original", "cache")
 
 
-def parse_amount(text: str) -> Amount:
-    """ "512" is an integer, entries; "0.1" a fraction. Raises ValueError for anything else."""
+def parse_amount(text: object) -> Amount:
+    """ "512" is an integer, entries; "0.1" a fraction; the number itself (from a file) is as its text.
+    Raises ValueError for anything else."""
     for kind in (int, float):
         try:
-            return kind(text)
+            return kind(str(text))
         except ValueError:
             continue
     raise ValueError(f"expected entries or a share of the tokens, such as 512 or 0.1, got {text}")
@@ -69,7 +71,7 @@ class CacheSettings:
 
         Shares of the prompt are not known before it is read: they leave the pieces as they are.
         """
-        context = getattr(text_config(model.config), "max_position_embeddings", None)
+        context = context_of(model.config)
         entries = (self.heavy, self.recent, self.num_sink_tokens)
         if self.full or self.positions != "cache" or context is None:
             return sampling
@@ -80,7 +82,7 @@ class CacheSettings:
 
     def beyond_context(self, model: PreTrainedModel, seen: int) -> str | None:
         """A warning once a text is longer than the positions that the model was trained on."""
-        context = getattr(text_config(model.config), "max_position_embeddings", None)
+        context = context_of(model.config)
         if context is None or seen <= context or (self.positions == "cache" and not self.full):
             return None
         return (

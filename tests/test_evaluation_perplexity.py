@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sinklora.evaluate import (
+from sinklora.evaluation.perplexity import (
     bootstrap_interval,
     file_losses,
     improvement_share,

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
+
+from ..hf.output_layer import IGNORED, token_losses
 
 
 class Window(NamedTuple):
@@ -62,7 +65,8 @@ def file_losses(
     file.
 
     The model is a causal language model of transformers; it runs in eval mode and is left in the mode it was
-    in. With a model that sinklora patched that means exact full attention.
+    in. With a model that sinklora patched that means exact full attention. Logits exist for a chunk of tokens
+    at a time, and only for those that a window is the first to predict.
 
     Args:
         tokens_per_batch: windows of one length are computed together, up to so many tokens.
@@ -74,7 +78,7 @@ def file_losses(
     model.eval()
     try:
         for length, group in itertools.groupby(todo, key=lambda w: w.end - w.begin):
-            for batch in _batches(list(group), max(1, tokens_per_batch // length)):
+            for batch in batches(list(group), max(1, tokens_per_batch // length)):
                 _score(model, files, batch, losses)
                 if on_tokens is not None:
                     on_tokens(length * len(batch))
@@ -83,7 +87,8 @@ def file_losses(
     return losses
 
 
-def _batches(items: list[Window], size: int) -> list[list[Window]]:
+def batches(items: list[Window], size: int) -> list[list[Window]]:
+    """The items in order, up to `size` together."""
     return [items[begin : begin + size] for begin in range(0, len(items), size)]
 
 
@@ -91,10 +96,12 @@ def _score(
     model: Any, files: Sequence[torch.Tensor], batch: Sequence[Window], losses: list[torch.Tensor]
 ) -> None:
     tokens = torch.stack([files[w.file][w.begin : w.end] for w in batch]).to(model.device)
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").cpu()
+    targets = functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+    for w, row in zip(batch, targets, strict=True):
+        row[: w.first_target - w.begin - 1] = IGNORED  # an earlier window's
+    nll = token_losses(model, targets, input_ids=tokens, use_cache=False).cpu()
     for w, row in zip(batch, nll, strict=True):
-        losses[w.file][w.first_target - 1 : w.end - 1] = row[w.first_target - w.begin - 1 :]
+        losses[w.file][w.first_target - 1 : w.end - 1] = row[w.first_target - w.begin - 1 : -1]
 
 
 def mean_loss(losses: Sequence[torch.Tensor]) -> float:
@@ -119,10 +126,28 @@ def bootstrap_interval(
     Files, not tokens, are drawn with replacement: tokens of one file are not independent. The same files are
     drawn on both sides, so what makes a file hard for both cancels out.
     """
-    difference = np.array([float((a - b).double().sum()) for a, b in zip(losses, reference, strict=True)])
-    tokens = np.array([len(a) for a in losses], dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(tokens), size=(num_samples, len(tokens)))
-    means = difference[draws].sum(axis=1) / tokens[draws].sum(axis=1)
+    difference = [float((a - b).double().sum()) for a, b in zip(losses, reference, strict=True)]
+    return resampled_interval(
+        difference, [len(a) for a in losses], level=level, num_samples=num_samples, seed=seed
+    )
+
+
+def resampled_interval(
+    sums: Sequence[float],
+    tokens: Sequence[int],
+    *,
+    level: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of sum(sums) / sum(tokens) over files that are drawn with replacement.
+
+    Args:
+        sums: of each file, nats or differences of nats. tokens: of each file.
+    """
+    numbers, counts = np.array(sums, dtype=np.float64), np.array(tokens, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(counts), size=(num_samples, len(counts)))
+    means = numbers[draws].sum(axis=1) / counts[draws].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

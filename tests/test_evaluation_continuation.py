@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from sinklora.evaluate_cache import continuation_losses
+from sinklora.evaluation.continuation import continuation_losses
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
+
+from ..hf.output_layer import IGNORED, token_losses
 
 
 @torch.no_grad()
@@ -52,25 +54,23 @@ def continuation_losses(
     was_training = model.training
     model.eval()
     try:
-        # The last token is only ever predicted. One logit is enough of the prompt's.
-        logits = model(
-            input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
-        losses[:, :1] = _nll(logits[:, -1:], tokens[:, prompt : prompt + 1])
+        # The last token is only ever predicted, and of the prompt's tokens only the last one predicts.
+        targets = functional.pad(tokens[:, prompt : prompt + 1], (prompt - 1, 0), value=IGNORED)
+        losses[:, :1] = token_losses(
+            model, targets, input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True
+        )[:, -1:].cpu()
         if on_tokens is not None:
             on_tokens(rows * prompt)
         begun = time.perf_counter()
         for begin in range(prompt, length - 1, chunk):
             end = min(begin + chunk, length - 1)
-            logits = model(input_ids=tokens[:, begin:end], past_key_values=cache, use_cache=True).logits
-            losses[:, begin + 1 - prompt : end + 1 - prompt] = _nll(logits, tokens[:, begin + 1 : end + 1])
+            targets = tokens[:, begin + 1 : end + 1]
+            losses[:, begin + 1 - prompt : end + 1 - prompt] = token_losses(
+                model, targets, input_ids=tokens[:, begin:end], past_key_values=cache, use_cache=True
+            ).cpu()
             if on_tokens is not None:
                 on_tokens(rows * (end - begin))
         seconds = time.perf_counter() - begun
     finally:
         model.train(was_training)
     return losses, seconds
-
-
-def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").cpu()
