@@ -1,8 +1,10 @@
-"""The README's table of figures, made from the newest results: no figure is typed by hand.
+"""The tables of figures, made from the newest results: no figure is typed by hand.
 
-usage: python benchmarks/tables.py            prints it
-       python benchmarks/tables.py --write    puts it between the markers of README.md
-       python benchmarks/tables.py --check    exit status 1 where README.md holds another one
+usage: python benchmarks/tables.py            prints all
+       python benchmarks/tables.py --write    puts them between the markers of the pages named below
+       python benchmarks/tables.py --check    exit status 1 where one of them holds others
+
+README.md has room for the main ones, benchmarks/RESULTS.md has all, a guide those of training.
 
 The newest CSV of each kind counts, by the date in its rows.
 """
@@ -14,11 +16,15 @@ import csv
 import sys
 from pathlib import Path
 
+import tables_extension
 import tables_h2o
+import tables_memory
 import timing
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PAGE = ROOT / "benchmarks" / "RESULTS.md"
+GUIDE = ROOT / "notebooks" / "guides" / "memory_and_time.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 OURS = "sinklora"
@@ -55,7 +61,7 @@ def measured_on(rows: Rows) -> str:
     """One line on machine, versions and commit, from the first row."""
     row = rows[0]
     dirty = " with local changes" if row["dirty"] == "true" else ""
-    busy = sum(timing.BUSY in row["note"] for row in rows)
+    busy = sum(timing.BUSY in row.get("note", "") for row in rows)
     noise = f"; {busy} of {len(rows)} rows while other processes were busy" if busy else ""
     return (
         f"{row['cpu']}, {row['threads']} threads, kernels {row['cpu_level']}, torch {row['torch']}, "
@@ -153,7 +159,7 @@ def _tokens_per_second(row: dict[str, str]) -> float:
 
 
 def figures(results: Path = RESULTS) -> str:
-    """The text between the markers, ending in a newline. LookupError where there are no attention results."""
+    """All tables, ending in a newline. LookupError where there are no attention results."""
     attention, steps = newest(results, "candidate"), newest(results, "attention")
     if not attention:
         raise LookupError(f"no results of bench_attention.py in {results}")
@@ -163,7 +169,38 @@ def figures(results: Path = RESULTS) -> str:
         blocks += [f"{measured_on(steps)}:", "\n".join(step_table(steps))]
     if h2o := newest(results, "way"):
         blocks += [f"{measured_on(h2o)}, H=8/2, D=128:", *tables_h2o.tables(h2o)]
+    if extension := newest(results, "extension"):
+        blocks += [f"{measured_on(extension)}:", *tables_extension.tables(extension)]
+    if memory := newest(results, "trained_with"):
+        blocks += [f"{measured_on(memory)}:", *tables_memory.tables(memory)]
     return "\n\n".join(blocks) + "\n"
+
+
+def headlines(results: Path = RESULTS) -> str:
+    """The main tables, ending in a newline: an extension, and a model with smaller caches."""
+    blocks = []
+    if extension := newest(results, "extension"):
+        blocks += [f"{measured_on(extension)}:", *tables_extension.tables(extension)]
+    if h2o := newest(results, "way"):
+        blocks += [f"{measured_on(h2o)}:", *tables_h2o.tables(h2o)[-1:]]
+    return "\n\n".join(blocks) + "\n"
+
+
+def training(results: Path = RESULTS) -> str:
+    """What training takes, ending in a newline: memory, time of a step, an extension."""
+    blocks = []
+    for column, make in (
+        ("trained_with", tables_memory.tables),
+        ("attention", lambda rows: ["\n".join(step_table(rows))]),
+        ("extension", tables_extension.tables),
+    ):
+        if rows := newest(results, column):
+            blocks += [f"{measured_on(rows)}:", *make(rows)]
+    return "\n\n".join(blocks) + "\n"
+
+
+# The files with tables, and what makes them.
+PAGES = {README: headlines, PAGE: figures, GUIDE: training}
 
 
 def between_markers(text: str) -> str | None:
@@ -182,22 +219,22 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text = figures()
-    readme = README.read_text(encoding="utf-8")
-    old = between_markers(readme)
     if not options.write and not options.check:
-        print(text, end="")
+        print(figures(), end="")
         return 0
-    if old is None:
-        print(f"README.md has no {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    new = f"\n{text}"
-    if options.write:
-        README.write_text(readme.replace(BEGIN + old + END, BEGIN + new + END), encoding="utf-8")
-    elif old != new:
-        print("README.md: its figures are not the newest results'; run tables.py --write", file=sys.stderr)
-        return 1
-    return 0
+    status = 0
+    for path, make in PAGES.items():
+        page, new = path.read_text(encoding="utf-8"), f"\n{make()}"
+        old = between_markers(page)
+        if old is None:
+            print(f"{path.name} has no {BEGIN} and {END}", file=sys.stderr)
+            status = 1
+        elif options.write:
+            path.write_text(page.replace(BEGIN + old + END, BEGIN + new + END), encoding="utf-8")
+        elif old != new:
+            print(f"{path.name}: not the newest results' figures; run tables.py --write", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

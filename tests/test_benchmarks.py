@@ -222,12 +222,11 @@ def test_bench_rivals_runs() -> None:
     assert "parts cat enable_gqa" in text
 
 
-def test_readme_holds_the_newest_figures(load) -> None:
+def test_pages_hold_the_newest_figures(load) -> None:
     tables = load("tables")
-    held = tables.between_markers((ROOT / "README.md").read_text(encoding="utf-8"))
-    if held is None:
-        pytest.skip("README.md has no figures yet")
-    assert held == "\n" + tables.figures(), "run benchmarks/tables.py --write"
+    for path, make in tables.PAGES.items():
+        held = tables.between_markers(path.read_text(encoding="utf-8"))
+        assert held == "\n" + make(), f"{path.name}: run benchmarks/tables.py --write"
 
 
 def test_half_a_pair_of_markers_is_an_error(load) -> None:
