@@ -167,7 +167,7 @@ def figures(results: Path = RESULTS) -> str:
     blocks += tiny_line(attention)
     if steps:
         blocks += [f"{measured_on(steps)}:", "\n".join(step_table(steps))]
-    if h2o := newest(results, "way"):
+    if h2o := newest(results, "cache_bytes"):
         blocks += [f"{measured_on(h2o)}, H=8/2, D=128:", *tables_h2o.tables(h2o)]
     if extension := newest(results, "extension"):
         blocks += [f"{measured_on(extension)}:", *tables_extension.tables(extension)]
@@ -181,7 +181,7 @@ def headlines(results: Path = RESULTS) -> str:
     blocks = []
     if extension := newest(results, "extension"):
         blocks += [f"{measured_on(extension)}:", *tables_extension.tables(extension)]
-    if h2o := newest(results, "way"):
+    if h2o := newest(results, "cache_bytes"):
         blocks += [f"{measured_on(h2o)}:", *tables_h2o.tables(h2o)[-1:]]
     return "\n\n".join(blocks) + "\n"
 

@@ -1,4 +1,4 @@
-"""A folder of results that is written whole or not at all."""
+"""Files and folders of results that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file under another name and renames it; text as UTF-8. Raises OSError."""
+    scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -240,7 +240,8 @@ def _measure(settings: Any, tasks: Sequence[Task], output: Path) -> tuple[Result
     from sinklora.commands.shared import own_warnings_only
     from sinklora.evaluation.report import write_results
     from sinklora.evaluation.run import Evaluation, Interrupted
-    from sinklora.evaluation.store import Store, write_whole
+    from sinklora.evaluation.store import Store
+    from sinklora.folders import write_whole
     from sinklora.progress import progress_bars
 
     console = _console()

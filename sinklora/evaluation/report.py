@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from ..about import info
+from ..folders import write_whole
 from .run import Results
-from .store import write_whole
 from .task import Row, Task
 
 FILE_NAME = "results.json"

@@ -79,13 +79,3 @@ class Store:
         with self.path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under another name and renames it. Raises OSError."""
-    scratch = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        scratch.write_bytes(content)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..folders import write_whole
 from ..loading import OpenedModel
 from .formats import Dialogue, choose_format
 from .generate import Continuation, cache_facts, continue_tokens
@@ -154,9 +155,4 @@ class ChatSession:
             text = "\n".join(f"{m['role']}: {m['content'].strip()}\n" for m in self.dialogue.messages)
         if not path.parent.is_dir():  # not an error about the name of the partial file
             raise FileNotFoundError(errno.ENOENT, "No such folder", str(path.parent))
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, text)

@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..folders import write_whole
 from .rope import BEFORE, Positions, positions_of
 from .settings import CONFIG_KEY, FILE_NAME, POSITION_KEYS, base_model, read_beside_adapter, text_config
 
@@ -47,13 +48,7 @@ def read_positions(directory: str | os.PathLike[str]) -> Positions | None:
 
 def write_directory(directory: str | os.PathLike[str], settings: dict[str, Any]) -> None:
     """Writes sinklora.json into directory, whole or not at all. Raises OSError."""
-    target = Path(directory) / FILE_NAME
-    scratch = target.with_name(f".{FILE_NAME}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(Path(directory) / FILE_NAME, json.dumps(settings, indent=2) + "\n")
 
 
 def watch_saving(import_peft: bool) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..folders import write_whole
 from . import checkpoints
 from .settings import write_options
 
@@ -141,9 +142,4 @@ def _text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(path, json.dumps(value, indent=1) + "\n")

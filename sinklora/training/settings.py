@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..folders import write_whole
 
 ATTENTIONS = ("sf", "s2", "full", "s2-torch")
 ROPES = ("linear", "yarn", "dynamic", "llama3", "none")
@@ -231,11 +232,4 @@ def write_options(path: Path, options: Mapping[str, Any]) -> None:
     """Writes a YAML file of options, whole or not at all. Raises OSError."""
     import yaml
 
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(
-            yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(path, yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
